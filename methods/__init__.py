@@ -1,0 +1,1 @@
+"""The mathematics of attention control: pure functions on tensors, one file a method."""

@@ -1,0 +1,94 @@
+"""Attention in pieces: the parts of ``A = softmax(QKᵀ/√d)`` that a method needs, and no more.
+
+Shapes: ``B`` rows, ``H`` heads, ``M`` queries, ``N`` keys, ``d`` head dimension, ``T`` chosen key columns. Queries, keys
+and values are ``[B, H, M or N, d]``. All functions are differentiable and work in blocks of queries, so that nothing of
+size ``M × N`` outlives a block unless the result itself is that large.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK_ELEMENTS = 1 << 24  # logits held at once: 64 MiB in float32
+
+
+def logits(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
+    """Scaled logits ``QKᵀ/√d + mask`` in float32 (float64 stays), ``[B, H, M, N]``; a boolean mask keeps what is true."""
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    out = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
+    if mask is None:
+        return out
+    return out.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else out + mask.to(dtype)
+
+
+def _query_blocks(q: Tensor, k: Tensor) -> list[slice]:
+    per_query = q.shape[0] * q.shape[1] * k.shape[2]
+    size = max(1, BLOCK_ELEMENTS // max(per_query, 1))
+    return [slice(start, min(start + size, q.shape[2])) for start in range(0, q.shape[2], size)]
+
+
+def _mask_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
+    return mask if mask is None or mask.shape[-2] == 1 else mask[..., rows, :]
+
+
+def probabilities(
+    q: Tensor,
+    k: Tensor,
+    columns: Tensor | None = None,
+    scale: float | None = None,
+    mask: Tensor | None = None,
+    mean_heads: bool = False,
+) -> Tensor:
+    """Attention weights of some key columns.
+
+    Args:
+        q: queries ``[B, H, M, d]``.
+        k: keys ``[B, H, N, d]``.
+        columns: key indices ``[T]``; ``None`` is every key.
+        scale: factor on ``QKᵀ``; ``None`` is ``1/√d``.
+        mask: additive or boolean, broadcastable to ``[B, H, M, N]``.
+        mean_heads: average over heads block by block, so that single heads are never stored.
+
+    Returns:
+        ``[B, H, M, T]``, or ``[B, M, T]`` with ``mean_heads``; float32 or float64. Rows sum to one over all keys.
+    """
+    blocks = []
+    for rows in _query_blocks(q, k):
+        part = logits(q[:, :, rows], k, scale, _mask_rows(mask, rows)).softmax(dim=-1)
+        part = part if columns is None else part[..., columns]
+        blocks.append(part.mean(dim=1) if mean_heads else part)
+    return torch.cat(blocks, dim=-2)
+
+
+def recolumn(out: Tensor, value: Tensor, before: Tensor, after: Tensor, rest: Tensor | None = None) -> Tensor:
+    """Correct an attention output for new weights in a few columns: ``O' = r·(O − Σ_j a_j v_j) + Σ_j a'_j v_j``.
+
+    Args:
+        out: the fast kernel's output ``O``, ``[B, H, M, d]``.
+        value: values of the columns, ``[B, H, T, d]``.
+        before: the columns' weights ``a`` in that output, ``[B, H, M, T]``.
+        after: their new weights ``a'``, ``[B, H, M, T]``.
+        rest: factor ``r`` on every other column, ``[B, H, M, 1]``; ``None`` is one.
+
+    Returns:
+        ``O'`` in the dtype of ``out``; rows of the edited map sum to one where ``Σ a' + r·(1 − Σ a) = 1``.
+    """
+    dtype = before.dtype
+    v = value.to(dtype)
+    if rest is None:
+        return out + ((after - before) @ v).to(out.dtype)
+    return (rest * (out.to(dtype) - before @ v) + after @ v).to(out.dtype)
+
+
+def shared(q: Tensor, k: Tensor, values: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
+    """One map for many values: attend once with ``q, k [1, H, M, d]`` and ``values [R, H, N, d]`` laid side by side.
+
+    Returns:
+        ``[R, H, M, d]``: what every row's values give under the one map.
+    """
+    rows, heads, keys, width = values.shape
+    side_by_side = values.permute(1, 2, 0, 3).reshape(1, heads, keys, rows * width)
+    out = F.scaled_dot_product_attention(q, k, side_by_side, attn_mask=mask, scale=scale)
+    return out.reshape(heads, q.shape[2], rows, width).permute(2, 0, 1, 3)

@@ -1,0 +1,605 @@
+"""The one attention hook: every method of this pack touches attention through `request`, and nothing else does.
+
+A method says where (sites, kinds, heads), who (which rows of the batch), when (a span of sampling) and what, in one of
+four verbs:
+
+- ``share``: rows use another row's map, its q and k, with their own values;
+- ``edit``: change the weights of a few columns (a low-rank correction of the output);
+- ``read``: hand a reduced map to a listener, with gradients if they flow;
+- ``blend``: mix the output of chosen heads with something else.
+
+At one call of attention they come in that order, and within a verb in the order of the nodes in the graph: readers see the
+map that was really used, blends have the last word.
+
+Requests are plain data on a cloned ModelPatcher. While a forward of the model runs, an APPLY_MODEL wrapper puts our override,
+chained to the one that is already there, into that forward's own options; a call that nobody asked for, and a forward outside
+every span, goes straight to ComfyUI. State lives in a `Run`, born when sampling starts and gone when it ends.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any
+
+import comfy.model_patcher
+import comfy.patcher_extension
+import torch
+from torch import Tensor, nn
+
+from ..methods import attention as maths
+from . import reuse
+from .sites import Site, family, sites
+
+KEY = "attune"  # of our wrappers, and of the requests in transformer_options
+RUN = "attune_run"
+PASS = "attune_pass"
+MINIMUM = "ComfyUI 0.3.60"
+VERBS = ("share", "edit", "read", "blend")
+COND, UNCOND, ALL = "cond", "uncond", "all"
+
+ModelPatcher = comfy.model_patcher.ModelPatcher
+Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of sampling, from ``start`` to ``end`` (fractions, both included), as ComfyUI's conditioning ranges are."""
+
+    start: float = 0.0
+    end: float = 1.0
+
+    def holds(self, sigma: Tensor, model_sampling: Any) -> bool:
+        """Whether the step at noise level ``sigma`` is inside."""
+        if self.start <= 0 and self.end >= 1:
+            return True  # spares a wait for the device
+        now = float(sigma.flatten()[0])
+        return model_sampling.percent_to_sigma(self.end) <= now <= model_sampling.percent_to_sigma(self.start)
+
+
+@dataclass(frozen=True)
+class Request:
+    """What one method wants of attention.
+
+    Attributes:
+        verb: ``share``, ``edit``, ``read`` or ``blend``.
+        where: ``{(site, kind): heads}``; heads ``None`` is all of them.
+        act: called at every such attention call, with rows ``R``, chosen heads ``h``, image queries ``M``, columns ``T``:
+
+            - share: ``act(call) -> source [B]``, for every row of the batch the row whose q and k it uses;
+            - edit: ``act(call, weights [R, H, M, T]) -> (new weights, factor [R, H, M, 1] on all other columns or None)``;
+            - read: ``act(call, weights [R, h, M, T])``, or ``[R, M, T]`` with ``mean_heads``;
+            - blend: ``act(call, out [R, h, M, d], value [R, h, N, d]) -> out``; ``N`` is ``M`` in self and joint attention.
+        rows: ``cond``, ``uncond``, ``all``, or the number of one chunk of the batch. In a perturbed pass every chunk counts
+            as conditional; nothing is read there.
+        span: when.
+        columns: key columns ``[T]`` to edit or read: text columns in cross and joint attention, pixels in self-attention;
+            ``None`` is all of them.
+        mean_heads: read the mean over heads only, which never stores single heads.
+        covers: the blend does not use ``out``: the kernel may be spared where every row and head is covered.
+    """
+
+    verb: str
+    where: Mapping[tuple[str, str], tuple[int, ...] | None]
+    act: Callable[..., Any]
+    rows: str | int = ALL
+    span: Span = Span()
+    columns: tuple[int, ...] | None = None
+    mean_heads: bool = False
+    covers: bool = False
+
+    def __post_init__(self) -> None:
+        if self.verb not in VERBS:
+            raise ValueError(f"verb must be one of {', '.join(VERBS)}, not {self.verb!r}")
+
+
+@dataclass
+class Run:
+    """What lives while one sampling run lasts: the model's sites, recorded prefixes, and every method's own state."""
+
+    prefixes: reuse.Prefixes = field(default_factory=reuse.Prefixes)
+    state: dict[Any, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Pass:
+    """A forward of our own, beside the normal one: its own requests, and whether it may replay a recorded prefix."""
+
+    requests: tuple[Request, ...]
+    replay_before: tuple[str, int] | None = None
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of attention, as methods see it.
+
+    Attributes:
+        site, kind: where.
+        height, width: the image tokens' grid.
+        image, text: which tokens (queries and keys) are image, which keys are text.
+        batch: rows in the call; ``chunks[i]`` (0 conditional, 1 unconditional) is what chunk ``i`` of equal parts of it is.
+        perturbed: this is a perturbed pass of ours, where a chunk's number is its perturbation's.
+        sigma: noise level, ``[pictures]``.
+        step: number of the sampling step, or None outside a sampler.
+        run: the run's state, or None outside a sampling run.
+    """
+
+    site: Site
+    kind: str
+    height: int
+    width: int
+    image: slice
+    text: slice
+    batch: int
+    chunks: tuple[int, ...]
+    perturbed: bool
+    sigma: Tensor | None
+    step: int | None
+    run: Run | None
+
+    def rows(self, who: str | int) -> slice | list[int]:
+        """Row numbers of a role; a slice where it is everything."""
+        size = self.batch // len(self.chunks)
+        if who == ALL or (who == COND and self.perturbed):
+            return slice(0, self.batch)
+        if isinstance(who, int):
+            return slice(who * size, (who + 1) * size)
+        if self.perturbed:
+            return []
+        wanted = 0 if who == COND else 1
+        return [i * size + j for i, chunk in enumerate(self.chunks) if chunk == wanted for j in range(size)]
+
+
+# --- registering ----------------------------------------------------------------------------------------------------
+
+
+def request(model: ModelPatcher, *requests: Request) -> None:
+    """Add requests to a model that is already this node's own clone.
+
+    Raises:
+        RuntimeError: when this ComfyUI is too old to carry the hook.
+    """
+    install(model)
+    options = model.model_options.setdefault("transformer_options", {})
+    options[KEY] = (*options.get(KEY, ()), *requests)
+
+
+def install(model: ModelPatcher) -> None:
+    """Make a cloned model carry the hook (once, however many nodes ask).
+
+    Raises:
+        RuntimeError: when this ComfyUI is too old to carry the hook.
+    """
+    wrappers = comfy.patcher_extension.WrappersMP
+    if not hasattr(wrappers, "APPLY_MODEL") or not hasattr(model, "add_wrapper_with_key"):
+        raise RuntimeError(f"Attune needs {MINIMUM} or newer: please update ComfyUI.")
+    for kind, wrapper in ((wrappers.OUTER_SAMPLE, _outer_sample), (wrappers.APPLY_MODEL, _apply_model)):
+        if not model.wrappers.get(kind, {}).get(KEY):
+            model.add_wrapper_with_key(kind, KEY, wrapper)
+
+
+def with_pass(model_options: dict[str, Any], own: Pass) -> dict[str, Any]:
+    """A copy of a sampler's model options that makes the forwards under it the given pass."""
+    return {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), PASS: own}}
+
+
+def current_run(model_options: dict[str, Any]) -> Run | None:
+    """The sampling run that a sampler's model options belong to."""
+    return model_options.get("transformer_options", {}).get(RUN)
+
+
+def model_sites(model: ModelPatcher) -> tuple[str, tuple[Site, ...]]:
+    """Family and sites of a MODEL.
+
+    Raises:
+        ValueError: for a model that this pack has no sites for.
+    """
+    diffusion_model = model.get_model_object("diffusion_model")
+    return family(diffusion_model), sites(diffusion_model)
+
+
+# --- while sampling -------------------------------------------------------------------------------------------------
+
+
+def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """OUTER_SAMPLE: give the run its state; the guider drops these options when the run ends, whatever ends it."""
+    executor.class_obj.model_options.setdefault("transformer_options", {})[RUN] = Run()
+    return executor(*args, **kwargs)
+
+
+def _apply_model(
+    executor: Any,
+    x: Tensor,
+    t: Tensor,
+    c_concat: Any = None,
+    c_crossattn: Any = None,
+    control: Any = None,
+    transformer_options: dict[str, Any] | None = None,
+    **kwargs: Any,
+) -> Any:
+    """APPLY_MODEL: carry out what is asked of this forward, if anything is."""
+    options = transformer_options or {}
+    own: Pass | None = options.get(PASS)
+    base = executor.class_obj
+    asked = [r for r in options.get(KEY, ()) if not (own and r.verb == "read") and r.span.holds(t, base.model_sampling)]
+    asked += own.requests if own else ()
+    run: Run | None = options.get(RUN)
+    wants_prefix = None if own else reuse.wanted(options, t, base.model_sampling)
+    if not asked and own is None and wants_prefix is None:
+        return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
+
+    options = options.copy()
+    with contextlib.ExitStack() as stack:
+        if asked:
+            stack.enter_context(Forward(base.diffusion_model, asked, x, c_crossattn, options).installed())
+        if run is not None and wants_prefix is not None:
+            stack.enter_context(run.prefixes.record(base.diffusion_model, wants_prefix, x, options))
+        if run is not None and own is not None and own.replay_before is not None:
+            stack.enter_context(run.prefixes.replay(base.diffusion_model, own.replay_before, x, options))
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+
+
+class Forward:
+    """One forward of the diffusion model with requests on it: knows which attention call is which, and serves it."""
+
+    def __init__(self, diffusion_model: nn.Module, asked: list[Request], x: Tensor, context: Tensor | None, options: dict[str, Any]):
+        self.model, self.x, self.context, self.options = diffusion_model, x, context, options
+        self.family = family(diffusion_model)
+        self.by_name = {site.name: site for site in sites(diffusion_model)}
+        self.by_place: dict[tuple[str, str], list[Request]] = {}
+        for r in sorted(asked, key=lambda r: VERBS.index(r.verb)):  # stable: graph order within a verb
+            for place in r.where:
+                self.by_place.setdefault(place, []).append(r)
+        self.previous = options.get("optimized_attention_override")
+        self.name = self.kind = ""
+        self.seen = 0
+        self.shape: list[int] = []
+        self.busy = False
+
+    @contextlib.contextmanager
+    def installed(self) -> Iterator[None]:
+        """Put the hook into this forward's options; take our marks off the modules afterwards."""
+        handles = []
+        self.options["optimized_attention_override"] = self.override
+        if self.family == "unet":
+            self._mark_unet()
+        else:
+            for site in self.by_name.values():
+                block = getattr(self.model, site.block[0])[site.block[1]]
+                handles.append(block.register_forward_pre_hook(self._marker(site.name), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    # --- which call is this? ---
+
+    def _marker(self, name: str) -> Callable[..., None]:
+        def mark(module: nn.Module, args: Any, kwargs: Any) -> None:
+            self.name, self.seen = name, 0
+
+        return mark
+
+    def _mark_unet(self) -> None:
+        """UNet blocks say where they are in ``attn*_patch``; blocks that a ``patches_replace`` owns are met around the owner."""
+
+        def mark(kind: str) -> Callable[..., Any]:
+            def patch(n: Tensor, context: Any, value: Any, extra: dict[str, Any]) -> Any:
+                self._locate(kind, extra)
+                return n, context, value
+
+            return patch
+
+        patches = dict(self.options.get("patches", {}))
+        replaced = {k: dict(v) for k, v in self.options.get("patches_replace", {}).items()}
+        for kind, name in (("self", "attn1"), ("cross", "attn2")):
+            patches[f"{name}_patch"] = [*patches.get(f"{name}_patch", ()), mark(kind)]
+            for key, owner in replaced.get(name, {}).items():
+                replaced[name][key] = self._around(kind, owner)
+        self.options["patches"], self.options["patches_replace"] = patches, replaced
+
+    def _locate(self, kind: str, extra: dict[str, Any]) -> None:
+        block = extra.get("block") or ("", 0)
+        self.name, self.kind = f"{block[0]}.{block[1]}.{extra.get('block_index', 0)}", kind
+        self.shape = extra.get("activations_shape", [])
+
+    def _around(self, kind: str, owner: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def replacement(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+            self._locate(kind, extra)
+            if (self.name, kind) not in self.by_place:
+                return owner(q, k, v, extra, *args, **kwargs)
+            return self._attend(q, k, v, extra["n_heads"], lambda q, k, v: owner(q, k, v, extra, *args, **kwargs), {})
+
+        return replacement
+
+    def override(self, function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+        """ComfyUI's ``optimized_attention_override``."""
+
+        def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            if self.previous is not None:
+                return self.previous(function, q, k, v, heads, *args, **kwargs)
+            return function(q, k, v, heads, *args, **kwargs)
+
+        if self.busy or self.name not in self.by_name:
+            return kernel(q, k, v)
+        kind = self.kind
+        if self.family != "unet":
+            kinds = self.by_name[self.name].kinds
+            if self.seen >= len(kinds):
+                return kernel(q, k, v)
+            kind = kinds[self.seen]
+            self.seen += 1
+        if (self.name, kind) not in self.by_place:
+            return kernel(q, k, v)
+        self.kind = kind
+        settings = dict(kwargs)
+        if args:  # the mask may come by place
+            settings["mask"] = args[0]
+        return self._attend(q, k, v, heads, kernel, settings)
+
+    def _call(self, batch: int, queries: int, keys: int) -> Call:
+        """Grid, tokens, rows and step of the attention call that is going on."""
+        options = self.options
+        if self.family == "unet":
+            height, width = (self.shape[-2], self.shape[-1]) if self.shape else (1, queries)
+            if height * width != queries:  # another pack regroups the tokens (HyperTile and the like)
+                height, width = 1, queries
+            image, text = slice(0, queries), slice(0, keys)
+        else:
+            patch = self.model.patch_size
+            height, width = ((n + patch - 1) // patch for n in self.x.shape[-2:])
+            count = height * width
+            words = keys - count if self.kind == "joint" else 0  # text comes first; reference pictures come after the image
+            if self.family == "flux" and self.context is not None:
+                words = self.context.shape[1]
+            image, text = slice(words, words + count), slice(0, words)
+        chunks = tuple(options.get("cond_or_uncond") or (0,))
+        sigmas, schedule = options.get("sigmas"), options.get("sample_sigmas")
+        run: Run | None = options.get(RUN)
+        return Call(
+            self.by_name[self.name],
+            self.kind,
+            height,
+            width,
+            image,
+            text,
+            batch,
+            chunks if batch % len(chunks) == 0 else (0,),
+            PASS in options,
+            sigmas,
+            _LazyStep.of(sigmas, schedule),
+            run,
+        )
+
+    # --- serving a call ---
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int, kernel: Kernel, settings: dict[str, Any]) -> Tensor:
+        todo = self.by_place[self.name, self.kind]
+        tensors = Tensors(q, k, v, heads, settings)
+        call = self._call(q.shape[0], tensors.q.shape[2], tensors.k.shape[2])
+        self.busy = True
+        try:
+            return _serve(call, todo, tensors, kernel)
+        finally:
+            self.busy = False
+
+
+class _LazyStep:
+    """The step number costs a wait for the device, so it is only worked out on the CPU copy of the schedule."""
+
+    @staticmethod
+    def of(sigmas: Tensor | None, schedule: Tensor | None) -> int | None:
+        if sigmas is None or schedule is None:
+            return None
+        return int((schedule >= sigmas.flatten()[0] * (1 - 1e-6)).sum().item()) - 1
+
+
+class Tensors:
+    """q, k, v of a call as ``[B, H, tokens, d]`` views, whatever layout the caller uses, and the way back."""
+
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, settings: dict[str, Any]):
+        self.given = (q, k, v)
+        self.heads, self.settings = heads, settings
+        self.by_head = bool(settings.get("skip_reshape"))
+        self.width = q.shape[-1] if self.by_head else q.shape[-1] // heads
+
+    def _split(self, t: Tensor) -> Tensor:
+        t = t if self.by_head else t.reshape(t.shape[0], t.shape[1], -1, self.width).transpose(1, 2)
+        return t if t.shape[1] == self.heads else t.repeat_interleave(self.heads // t.shape[1], dim=1)  # grouped queries
+
+    @cached_property
+    def q(self) -> Tensor:
+        return self._split(self.given[0])
+
+    @cached_property
+    def k(self) -> Tensor:
+        return self._split(self.given[1])
+
+    @cached_property
+    def v(self) -> Tensor:
+        return self._split(self.given[2])
+
+    @property
+    def scale(self) -> float | None:
+        return self.settings.get("scale")
+
+    def mask(self, rows: Any, queries: slice) -> Tensor | None:
+        """The part of the attention mask for some rows and queries, ``[R or 1, H or 1, M or 1, N]``."""
+        mask = self.settings.get("mask")
+        if mask is None:
+            return None
+        mask = mask[(None,) * (4 - mask.ndim)] if mask.ndim == 2 else mask[:, None] if mask.ndim == 3 else mask
+        mask = mask if mask.shape[0] == 1 else mask[rows]
+        return mask if mask.shape[2] == 1 else mask[:, :, queries]
+
+    def join(self, out: Tensor) -> Tensor:
+        """``[B, H, M, d]`` to the layout that the caller expects back."""
+        if self.settings.get("skip_output_reshape"):
+            return out
+        return out.transpose(1, 2).reshape(out.shape[0], out.shape[2], -1)
+
+    def open(self, out: Tensor) -> Tensor:
+        """The caller's layout to ``[B, H, M, d]``."""
+        if self.settings.get("skip_output_reshape"):
+            return out
+        return out.view(out.shape[0], out.shape[1], self.heads, -1).transpose(1, 2)
+
+
+def _serve(call: Call, todo: list[Request], tensors: Tensors, kernel: Kernel) -> Tensor:
+    q, k = tensors.q, tensors.k
+    source = None
+    for r in todo:
+        if r.verb == "share":
+            source = r.act(call) if source is None else source[r.act(call)]
+    if source is not None:
+        q, k = q[source], k[source]
+    blends = [r for r in todo if r.verb == "blend"]
+    if _covered(call, blends, tensors.heads):
+        out = torch.empty_like(q)
+    elif source is not None:
+        out = _shared(tensors, source)
+    else:
+        out = tensors.open(kernel(*tensors.given))
+        if blends and (out.requires_grad or out.data_ptr() in {t.data_ptr() for t in tensors.given}):
+            out = out.clone()  # an owner that returns its input must not have it written to
+    out = _edit_and_read(call, [r for r in todo if r.verb in ("edit", "read")], tensors, q, k, out)
+    for r in blends:
+        out = _blend(call, r, tensors, out)
+    return tensors.join(out)
+
+
+def _covered(call: Call, blends: list[Request], heads: int) -> bool:
+    """Whether blends that do not look at the kernel's output fill all of it."""
+    covering = [r for r in blends if r.covers]
+    if not covering or call.kind != "self":
+        return False
+    covered = torch.zeros(call.batch, heads, dtype=torch.bool)
+    for r in covering:
+        chosen = r.where[call.site.name, call.kind]
+        rows = covered[call.rows(r.rows)]
+        rows[:, slice(None) if chosen is None else list(chosen)] = True
+        covered[call.rows(r.rows)] = rows
+    return bool(covered.all())
+
+
+def _shared(tensors: Tensors, source: Tensor) -> Tensor:
+    """Rows that use the same map attend once, with their values side by side."""
+    out = torch.empty_like(tensors.q)
+    parts: dict[int, list[int]] = {}
+    for row, origin in enumerate(source.tolist()):
+        parts.setdefault(origin, []).append(row)
+    everything = slice(None)
+    for origin, rows in parts.items():
+        one = slice(origin, origin + 1)
+        mask = tensors.mask(one, everything)
+        part = maths.shared(tensors.q[one], tensors.k[one], tensors.v[rows], tensors.scale, mask)
+        out = out.index_copy(0, torch.tensor(rows, device=out.device), part)
+    return out
+
+
+def _edit_and_read(call: Call, todo: list[Request], tensors: Tensors, q: Tensor, k: Tensor, out: Tensor) -> Tensor:
+    """Compute the needed part of the map once, pass it through the edits, correct the output, and show it to the readers."""
+    if not todo:
+        return out
+    device = out.device
+    every_row = torch.arange(call.batch, device=device)
+    keys = k.shape[2]
+    offset = call.text.start if call.kind != "self" else 0
+    count = (call.text.stop - call.text.start) if call.kind != "self" else keys
+
+    def columns_of(r: Request) -> Tensor:
+        if r.columns is None:
+            return torch.arange(count, device=device) + offset
+        if r.columns and max(r.columns) >= count:
+            raise ValueError(f"text column {max(r.columns)} does not exist at {call.site.name}: the prompt has {count} columns")
+        return torch.tensor(r.columns, device=device, dtype=torch.long) + offset
+
+    def weights(rows: Tensor, columns: Tensor, heads: Any = slice(None), mean_heads: bool = False) -> Tensor:
+        mask = tensors.mask(rows, call.image)
+        if mask is not None and mask.shape[1] > 1:
+            mask = mask[:, heads]
+        image_q = q[rows][:, heads, call.image]
+        return maths.probabilities(image_q, k[rows][:, heads], columns, tensors.scale, mask, mean_heads)
+
+    edits = [r for r in todo if r.verb == "edit"]
+    edited_rows = torch.zeros(call.batch, dtype=torch.bool, device=device)
+    before = after = rest = union = None
+    if edits:
+        for r in edits:
+            edited_rows[call.rows(r.rows)] = True
+        chosen = every_row[edited_rows]
+        union = torch.cat([columns_of(r) for r in todo if r.verb == "edit" or r.columns is not None]).unique()
+        before = after = weights(chosen, union)
+        rest = torch.ones_like(before[..., :1])
+        for r in edits:
+            rows = torch.searchsorted(chosen, every_row[call.rows(r.rows)])
+            if not len(rows):
+                continue
+            places = torch.searchsorted(union, columns_of(r))
+            new, factor = r.act(call, after[rows][..., places])
+            heads = r.where[call.site.name, call.kind]
+            if heads is not None:  # the other heads stay
+                keep = torch.ones(tensors.heads, dtype=torch.bool, device=device)
+                keep[list(heads)] = False
+                new = torch.where(keep[:, None, None], after[rows][..., places], new)
+                factor = None if factor is None else torch.where(keep[:, None, None], torch.ones_like(factor), factor)
+            changed = after[rows]
+            if factor is not None:
+                changed = changed * factor
+                rest = rest.index_copy(0, rows, rest[rows] * factor)
+            after = after.index_copy(0, rows, changed.index_copy(-1, places, new))
+        v = tensors.v[chosen][:, :, union]
+        fixed = maths.recolumn(out[chosen][:, :, call.image], v, before, after, rest)
+        whole = out[chosen]
+        whole = torch.cat([whole[:, :, : call.image.start], fixed, whole[:, :, call.image.stop :]], dim=2)
+        out = out.index_copy(0, chosen, whole)
+
+    for r in todo:
+        rows = every_row[call.rows(r.rows)]
+        if r.verb != "read" or not len(rows):
+            continue
+        heads = r.where[call.site.name, call.kind]
+        heads = slice(None) if heads is None else list(heads)
+        columns = columns_of(r)
+        part = weights(rows, columns, heads, r.mean_heads and not edits)
+        if edits:
+            part = _as_edited(part, rows, columns, heads, edited_rows, union, after, rest)
+            part = part.mean(dim=1) if r.mean_heads else part
+        r.act(call, part)
+    return out
+
+
+def _as_edited(
+    part: Tensor, rows: Tensor, columns: Tensor, heads: Any, edited_rows: Tensor, union: Tensor, after: Tensor, rest: Tensor
+) -> Tensor:
+    """Weights ``[R, h, M, T]`` of some rows and columns after the edits."""
+    chosen = edited_rows.nonzero().flatten()
+    here = edited_rows[rows]
+    places = torch.searchsorted(chosen, rows[here])
+    inside = torch.isin(columns, union)
+    changed = part[here] * rest[places][:, heads]
+    changed = changed.index_copy(-1, inside.nonzero().flatten(), after[places][:, heads][..., torch.searchsorted(union, columns[inside])])
+    return part.index_copy(0, here.nonzero().flatten(), changed)
+
+
+def _blend(call: Call, r: Request, tensors: Tensors, out: Tensor) -> Tensor:
+    """Write the blend of some rows and heads over the kernel's output, for image tokens only."""
+    rows = call.rows(r.rows)
+    if not isinstance(rows, slice) and not rows:
+        return out
+    heads = r.where[call.site.name, call.kind]
+    value = tensors.v if call.kind == "cross" else tensors.v[:, :, call.image]
+    if isinstance(rows, list):
+        rows = torch.tensor(rows, device=out.device)
+    rows_heads: tuple[Any, ...] = (rows, slice(None))
+    if heads is not None and len(heads) < tensors.heads:
+        numbers = torch.arange(call.batch, device=out.device)[rows]
+        rows_heads = (numbers[:, None], torch.tensor(heads, device=out.device)[None, :])
+    mixed = r.act(call, out[(*rows_heads, call.image)], value[rows_heads])
+    if out.requires_grad or mixed.requires_grad:
+        out = out.clone()
+    out[(*rows_heads, call.image)] = mixed
+    return out

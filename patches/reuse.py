@@ -1,0 +1,162 @@
+"""Never compute twice what a perturbed pass shares with the conditional one: everything before the first perturbed block.
+
+A normal forward records what its blocks put out for the conditional rows; the perturbed forward of the same input replays it
+instead of running those blocks. Blocks are swapped for the length of one forward and put back whatever happens. Replay asks for
+the same conditioning and bit-identical input; where these are not met, the pass is computed in full.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import Tensor, equal, nn
+
+PREFIXES = "attune_prefixes"  # in transformer_options: ((span, block), …) that perturbed passes will replay up to
+Block = tuple[str, int]
+
+
+def blocks(diffusion_model: nn.Module) -> list[Block]:
+    """The model's blocks in order of execution, as paths below the diffusion model."""
+    out: list[Block] = []
+    for name in ("input_blocks", "middle_block", "output_blocks", "joint_blocks", "double_blocks", "single_blocks"):
+        held = getattr(diffusion_model, name, None)
+        if held is not None:
+            out += [(name, 0)] if name == "middle_block" else [(name, i) for i in range(len(held))]
+    return out
+
+
+def wanted(options: dict[str, Any], sigma: Tensor, model_sampling: Any) -> Block | None:
+    """The last block up to which a pass at this noise level will replay, or None."""
+    found = [block for span, block in options.get(PREFIXES, ()) if span.holds(sigma, model_sampling)]
+    order = ("input_blocks", "middle_block", "output_blocks", "joint_blocks", "double_blocks", "single_blocks")
+    return max(found, key=lambda b: (order.index(b[0]), b[1]), default=None)
+
+
+def _module(diffusion_model: nn.Module, block: Block) -> nn.Module:
+    held = getattr(diffusion_model, block[0])
+    return held if block[0] == "middle_block" else held[block[1]]
+
+
+def _chunks(t: Tensor, options: dict[str, Any]) -> dict[Any, slice]:
+    """Rows of each chunk of the batch, by the identity of its conditioning."""
+    uuids = options.get("uuids") or ()
+    size = t.shape[0] // max(len(uuids), 1)
+    return {uuid: slice(i * size, (i + 1) * size) for i, uuid in enumerate(uuids)}
+
+
+@dataclass
+class Prefix:
+    """What one conditioning's rows looked like: the input, and every block's output so far."""
+
+    x: Tensor
+    outputs: dict[Block, tuple[Tensor, ...]] = field(default_factory=dict)
+
+
+class _Replay(nn.Module):
+    """Stands in for a block and returns what was recorded (UNet), or what the block before it gave (DiT)."""
+
+    def __init__(self, recorded: tuple[Tensor, ...] | None):
+        super().__init__()
+        self.recorded = recorded
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.recorded is not None:
+            # A copy: ComfyUI adds ControlNet's residuals in place.
+            copies = tuple(t.clone() for t in self.recorded)
+            return copies if len(copies) > 1 else copies[0]
+        if "img" in kwargs:
+            return kwargs["img"], kwargs["txt"]
+        return args[:2] if len(args) > 1 else args[0]
+
+
+@dataclass
+class Prefixes:
+    """Recorded prefixes of the current step, one per conditioning."""
+
+    held: dict[Any, Prefix] = field(default_factory=dict)
+    replays: int = 0
+    told: bool = False
+
+    @contextlib.contextmanager
+    def record(self, diffusion_model: nn.Module, until: Block, x: Tensor, options: dict[str, Any]) -> Iterator[None]:
+        """Record the conditional rows' outputs of all blocks before ``until`` while a forward runs."""
+        rows: dict[Any, slice] = {}
+        for (uuid, where), role in zip(_chunks(x, options).items(), options.get("cond_or_uncond") or (), strict=False):
+            known = self.held.get(uuid)
+            # The first forward of an input is the plain one; later ones may be other packs' perturbed passes.
+            if role == 0 and (known is None or known.x.shape != x[where].shape or not equal(known.x, x[where])):
+                rows[uuid] = where
+                self.held[uuid] = Prefix(x[where].clone())
+        handles = []
+        unet = hasattr(diffusion_model, "input_blocks")
+        order = blocks(diffusion_model)
+        before = order[: order.index(until)]
+        for block in before if rows else ():
+            if not unet and block != before[-1]:
+                continue  # a transformer's blocks only hand on to the next one
+            module = _module(diffusion_model, block)
+            module = module[-1] if unet else module  # ComfyUI walks a UNet block's layers itself
+            handles.append(module.register_forward_hook(self._recorder(block, rows)))
+        try:
+            yield
+        except BaseException:
+            self.held.clear()
+            raise
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def _recorder(self, block: Block, rows: dict[Any, slice]) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            parts = output if isinstance(output, tuple) else (output,)
+            for uuid, where in rows.items():
+                self.held[uuid].outputs[block] = tuple(t[where].clone() for t in parts)
+
+        return hook
+
+    @contextlib.contextmanager
+    def replay(self, diffusion_model: nn.Module, until: Block, x: Tensor, options: dict[str, Any]) -> Iterator[None]:
+        """Run one forward in which all blocks before ``until`` return what was recorded, if it was."""
+        order = blocks(diffusion_model)
+        before = order[: order.index(until)]
+        recorded = self._recorded(before, x, options)
+        if recorded is None:
+            if before and not self.told:
+                logging.info("Attune: the perturbed pass runs in full, since its input was not met in the normal pass")
+                self.told = True
+            yield
+            return
+        self.replays += 1
+        unet = hasattr(diffusion_model, "input_blocks")
+        originals: list[tuple[nn.Module, str, nn.Module]] = []
+        try:
+            for block in before:
+                stand_in: nn.Module = _Replay(recorded.get(block))
+                parent, name = (diffusion_model, block[0]) if block[0] == "middle_block" else (getattr(diffusion_model, block[0]), str(block[1]))
+                originals.append((parent, name, parent._modules[name]))  # type: ignore[arg-type]
+                parent._modules[name] = nn.ModuleList([stand_in]) if unet else stand_in
+            yield
+        finally:
+            for parent, name, module in originals:
+                parent._modules[name] = module
+
+    def _recorded(self, before: list[Block], x: Tensor, options: dict[str, Any]) -> dict[Block, tuple[Tensor, ...]] | None:
+        import torch
+
+        uuids = list(options.get("uuids") or ())
+        if not before or not uuids:
+            return None
+        size = x.shape[0] // len(uuids)
+        found: list[Prefix] = []
+        for i, uuid in enumerate(uuids):
+            part = x[i * size : (i + 1) * size]
+            prefix = self.held.get(uuid)
+            if prefix is None or prefix.x.shape != part.shape or before[-1] not in prefix.outputs or not equal(prefix.x, part):
+                return None
+            found.append(prefix)
+        common = [b for b in before if all(b in p.outputs for p in found)]
+        return {b: tuple(torch.cat(parts) for parts in zip(*(p.outputs[b] for p in found), strict=True)) for b in common}

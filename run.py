@@ -1,0 +1,22 @@
+"""Attune's commands: ``python3 run.py --help`` lists them. Needs nothing but Python; the rest is set up on first use."""
+
+import sys
+
+# Every command that runs a module of the pack in the prepared environment: its name, the module, and what it does.
+# A name in angle brackets in the module is the command's first argument.
+COMMANDS = {
+    "demo": ("runtime.job", "make pictures with a real ComfyUI, with and without guidance, and a grid that compares them"),
+    "train": ("demo.train", "train the bundled model"),
+    "evaluate": ("demo.evaluate", "measure how well a model draws what its prompts say"),
+    "evaluator": ("demo.evaluator", "train or check the reader of pictures that evaluate uses"),
+    "bench": ("benchmarks.<name>", "run one of the benchmarks, by name"),
+}
+
+OLDEST = (3, 10)
+
+if __name__ == "__main__":
+    if sys.version_info[:2] < OLDEST:  # before any import that an older Python could not read
+        sys.exit("Attune's commands need Python 3.10 or newer, and this is Python {}.{}.".format(*sys.version_info[:2]))
+    from runtime.cli import main
+
+    sys.exit(main(sys.argv[1:], COMMANDS))
