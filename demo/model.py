@@ -15,7 +15,9 @@ import comfy.ops
 import comfy.sd
 import comfy.sd1_clip
 import comfy.supported_models
+import comfy.supported_models_base
 import comfy.utils
+import folder_paths
 import torch
 from comfy.clip_model import CLIPTextModel
 from comfy.ldm.models.autoencoder import AutoencoderKL
@@ -84,3 +86,70 @@ def text_tower() -> CLIPTextModel:
 def autoencoder() -> AutoencoderKL:
     """The bare autoencoder, weights not initialised."""
     return AutoencoderKL(ddconfig=AUTOENCODER_CONFIG, embed_dim=4)
+
+
+class LatentFormat(comfy.latent_formats.SD15):
+    """SD1.5's latents, with our own colours for previews."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taesd_decoder_name = None
+
+
+class Shapes(comfy.supported_models.SD15):
+    """SD1.5 with smaller numbers."""
+
+    unet_config = UNET_CONFIG
+    unet_extra_config = {"num_heads": UNET_CONFIG["num_heads"], "num_head_channels": -1}
+    latent_format = LatentFormat
+
+
+def load(variant: str = VARIANTS[0]) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    """MODEL, CLIP and VAE of the bundled model.
+
+    Raises:
+        ValueError: for an unknown variant.
+        FileNotFoundError: when the weights are missing from the pack's folder.
+    """
+    if variant not in VARIANTS:
+        raise ValueError(f"there is no demo model “{variant}”; choose one of: {', '.join(VARIANTS)}")
+    path = WEIGHTS / f"{variant}.safetensors"
+    if not path.is_file():
+        raise FileNotFoundError(f"the demo model's weights are missing ({path}); install the pack again, they come with it")
+    weights = comfy.utils.load_torch_file(str(path), safe_load=True)
+    parts: dict[str, dict[str, torch.Tensor]] = {}
+    for name, tensor in weights.items():
+        part, _, rest = name.partition(".")
+        parts.setdefault(part, {})[rest] = tensor.float()
+    return _model(parts["denoiser"], parts["preview"]["factors"]), _clip(parts["text"]), _vae(parts["autoencoder"])
+
+
+def _model(weights: dict[str, torch.Tensor], preview: torch.Tensor) -> comfy.model_patcher.ModelPatcher:
+    config = Shapes(UNET_CONFIG)
+    device = comfy.model_management.get_torch_device()
+    count = sum(t.numel() for t in weights.values())
+    dtype = comfy.model_management.unet_dtype(model_params=count, supported_dtypes=config.supported_inference_dtypes)
+    config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, device, config.supported_inference_dtypes))
+    offload = comfy.model_management.unet_offload_device()
+    model = config.get_model(weights, "", device=offload)
+    model.load_model_weights(dict(weights), "")
+    model.latent_format.latent_rgb_factors = preview[:4].tolist()
+    model.latent_format.latent_rgb_factors_bias = preview[4].tolist()
+    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
+
+
+def _clip(weights: dict[str, torch.Tensor]) -> comfy.sd.CLIP:
+    """Only the token rows of the world's own words are stored; every other word of CLIP's vocabulary means their average."""
+    numbers, rows = weights.pop("token_numbers").long(), weights.pop("token_rows")
+    table = rows.mean(0, keepdim=True).repeat(int(TEXT_CONFIG["vocab_size"]), 1)
+    table[numbers] = rows
+    weights[TOKEN_ROWS] = table
+    target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
+    folders = folder_paths.get_folder_paths("embeddings")
+    clip = comfy.sd.CLIP(target, embedding_directory=folders, model_options={"clip_l_model_config": TEXT_CONFIG})
+    clip.load_sd({**weights})
+    return clip
+
+
+def _vae(weights: dict[str, torch.Tensor]) -> comfy.sd.VAE:
+    return comfy.sd.VAE(sd=weights, config={"params": {"ddconfig": AUTOENCODER_CONFIG, "embed_dim": 4}})

@@ -235,11 +235,20 @@ class PictureTower(nn.Module):
 
 
 def encode(tower: nn.Module, tokens: Tensor) -> Tensor:
-    """The text tower's projected summary of ``tokens [B, L]``, L up to the first END: ComfyUI's own forward asks for all 77."""
+    """The text tower's projected summary of ``tokens [B, L]``, L up to the first END.
+
+    Written out because ComfyUI's own forward asks for all 77 tokens and adds in place, which gradients do not survive.
+    """
+    from comfy.ldm.modules.attention import optimized_attention_for_device
+
     body = tower.text_model
     length = tokens.shape[1]
     x = body.embeddings.token_embedding(tokens) + body.embeddings.position_embedding.weight[:length]
-    x = body.encoder(x, mask=torch.full((length, length), -torch.finfo(x.dtype).max).triu_(1))[0]
+    mask = torch.full((length, length), -torch.finfo(x.dtype).max).triu_(1)
+    attention = optimized_attention_for_device(x.device, mask=True, small_input=True)
+    for layer in body.encoder.layers:
+        x = x + layer.self_attn(layer.layer_norm1(x), mask, attention)
+        x = x + layer.mlp(layer.layer_norm2(x))
     first_end = (tokens == Words.END).int().argmax(dim=1)
     return tower.text_projection(body.final_layer_norm(x)[torch.arange(len(x)), first_end])
 
@@ -276,6 +285,13 @@ def train_text(latents: Tensor, scenes: list[world.Scene], minutes: float, words
 # --- denoiser -------------------------------------------------------------------------------------------------------
 
 
+def plain_attention(function: object, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: object, **kwargs: object) -> Tensor:
+    """softmax(QKᵀ/√d)V written out: the CPU's flash attention is slow backwards at these sizes, the compiler fuses this."""
+    q, k, v = (t.view(t.shape[0], t.shape[1], heads, -1).transpose(1, 2) for t in (q, k, v))
+    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1).to(v.dtype)
+    return (weights @ v).transpose(1, 2).flatten(2)
+
+
 def train_denoiser(latents: Tensor, scenes: list[world.Scene], text: nn.Module, minutes: float, words: Words) -> nn.Module:
     """Noise prediction on SD's schedule, min-SNR-5 weights, a tenth of the captions dropped for guidance."""
     from . import model
@@ -289,7 +305,7 @@ def train_denoiser(latents: Tensor, scenes: list[world.Scene], text: nn.Module, 
     unet = unet.to(memory_format=torch.channels_last)
     forward = torch.compile(unet._forward)
     stage = Stage("denoiser", {"denoiser": unet}, minutes, 1e-3, decay=0.9995)
-    rng, batch = np.random.default_rng([3, stage.step]), 96
+    rng, batch = np.random.default_rng([3, stage.step]), 48
     beta = torch.linspace(0.00085**0.5, 0.012**0.5, 1000, dtype=torch.float64) ** 2
     kept = torch.cumprod(1 - beta, 0).float()
 
@@ -302,7 +318,7 @@ def train_denoiser(latents: Tensor, scenes: list[world.Scene], text: nn.Module, 
         with torch.autocast("cpu", torch.bfloat16):
             with torch.no_grad():
                 context = text(words.batch(texts))[0]
-            guess = forward(noisy, t.float(), context.float(), None, None, {})
+            guess = forward(noisy, t.float(), context.float(), None, None, {"optimized_attention_override": plain_attention})
         snr = a / (1 - a)
         error = ((guess.float() - noise) ** 2).mean((1, 2, 3))
         return (error * (snr.clamp(max=5) / snr).flatten()).mean() * 4, {"error": error.mean().item()}
@@ -311,11 +327,46 @@ def train_denoiser(latents: Tensor, scenes: list[world.Scene], text: nn.Module, 
     return stage.average["denoiser"].eval()
 
 
+# --- the file that ships ---------------------------------------------------------------------------------------------
+
+
+def preview_factors(autoencoder: nn.Module, source: Iterator[world.Scene]) -> Tensor:
+    """Least-squares colours of latents, ``[5, 3]``: four channels and a constant, for ComfyUI's previews."""
+    batch = pictures(take(source, 128))
+    with torch.no_grad():
+        latents = autoencoder.quant_conv(autoencoder.encoder(batch))[:, :4] * LATENT_SCALE
+    known = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1).permute(0, 2, 3, 1).reshape(-1, 5)
+    return torch.linalg.lstsq(known, F.avg_pool2d(batch, 8).permute(0, 2, 3, 1).reshape(-1, 3)).solution
+
+
+def export(autoencoder: nn.Module, text: nn.Module, denoiser: nn.Module, words: Words, command: str) -> Path:
+    """Write the weights as fp16 safetensors; of the token table only the rows that the grammar can say."""
+    from safetensors.torch import save_file
+
+    from . import model
+
+    rng = np.random.default_rng(4)
+    for scene in take(world.scenes("train", 4), 4000):
+        words.ids(world.describe(scene, rng).text)
+    numbers = sorted({words.START, words.END, *(n for ids in words.known.values() for n in ids)})
+    parts = {f"denoiser.{k}": v for k, v in denoiser.state_dict().items()}
+    parts |= {f"autoencoder.{k}": v for k, v in autoencoder.state_dict().items()}
+    parts |= {f"text.{k}": v for k, v in text.state_dict().items() if k != model.TOKEN_ROWS}
+    parts["text.token_rows"] = text.state_dict()[model.TOKEN_ROWS][numbers]
+    parts["preview.factors"] = preview_factors(autoencoder, world.scenes("train", 5))
+    tensors = {k: v.half().contiguous() for k, v in parts.items()} | {"text.token_numbers": torch.tensor(numbers, dtype=torch.int32)}
+    path = model.WEIGHTS / "shapes.safetensors"
+    path.parent.mkdir(exist_ok=True)
+    save_file(tensors, path, metadata={"data_version": world.DATA_VERSION, "command": command})
+    print(f"saved {path}: {path.stat().st_size / 1e6:.1f} MB", flush=True)
+    return path
+
+
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="run.py train", description=__doc__)
     parser.add_argument("--autoencoder-minutes", type=float, default=25)
-    parser.add_argument("--text-minutes", type=float, default=8)
-    parser.add_argument("--denoiser-minutes", type=float, default=65)
+    parser.add_argument("--text-minutes", type=float, default=5)
+    parser.add_argument("--denoiser-minutes", type=float, default=50)
     parser.add_argument("--pool", type=int, default=60_000, help="pictures encoded for the last two stages")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
@@ -325,5 +376,5 @@ def main(argv: list[str]) -> int:
     words = Words()
     text = train_text(latents, scenes, args.text_minutes, words)
     denoiser = train_denoiser(latents, scenes, text, args.denoiser_minutes, words)
-    export(autoencoder, text, denoiser, words, args)
+    export(autoencoder, text, denoiser, words, "run.py train " + " ".join(argv))
     return 0

@@ -72,8 +72,8 @@ class Request:
             - edit: ``act(call, weights [R, H, M, T]) -> (new weights, factor [R, H, M, 1] on all other columns or None)``;
             - read: ``act(call, weights [R, h, M, T])``, or ``[R, M, T]`` with ``mean_heads``;
             - blend: ``act(call, out [R, h, M, d], value [R, h, N, d]) -> out``; ``N`` is ``M`` in self and joint attention.
-        rows: ``cond``, ``uncond``, ``all``, or the number of one chunk of the batch. In a perturbed pass every chunk counts
-            as conditional; nothing is read there.
+        rows: ``cond``, ``uncond``, ``all``, or the number of one perturbation of our own perturbed pass (which may come in any
+            order, and not all in one batch). In that pass every row counts as conditional, and nothing is read.
         span: when.
         columns: key columns ``[T]`` to edit or read: text columns in cross and joint attention, pixels in self-attention;
             ``None`` is all of them.
@@ -144,11 +144,9 @@ class Call:
         size = self.batch // len(self.chunks)
         if who == ALL or (who == COND and self.perturbed):
             return slice(0, self.batch)
-        if isinstance(who, int):
-            return slice(who * size, (who + 1) * size)
-        if self.perturbed:
+        if self.perturbed != isinstance(who, int):  # roles belong to the normal pass, numbers to a perturbed one
             return []
-        wanted = 0 if who == COND else 1
+        wanted = who if isinstance(who, int) else 0 if who == COND else 1
         return [i * size + j for i, chunk in enumerate(self.chunks) if chunk == wanted for j in range(size)]
 
 
