@@ -34,7 +34,9 @@ class Variant:
 
 
 @torch.inference_mode()
-def generate(patched: Any, clip: Any, vae: Any, texts: Sequence[str], cfg: float, seed: int, steps: int = 20, batch: int = 25) -> Tensor:
+def generate(
+    patched: Any, clip: Any, vae: Any, texts: Sequence[str], cfg: float, seed: int, steps: int = 20, batch: int = 25
+) -> Tensor:
     """Pictures ``[B, 128, 128, 3]`` in [0, 1] with euler; picture ``i`` starts from the noise of seed ``seed + i``."""
     out = []
     empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
@@ -78,12 +80,16 @@ def _each(found: Sequence[evaluator.Verdict], what: str) -> list[bool]:
     return [all(getattr(v, what)) for v in found]
 
 
-def table(variants: Sequence[Variant], captions: Sequence[world.Caption], seed: int, steps: int) -> dict[str, list[evaluator.Verdict]]:
+def table(
+    variants: Sequence[Variant], captions: Sequence[world.Caption], seed: int, steps: int
+) -> dict[str, list[evaluator.Verdict]]:
     """Print shares with 95 % intervals, and differences to the first variant of the same CFG; returns the verdicts."""
     base, clip, vae = model.load()
     results: dict[str, list[evaluator.Verdict]] = {}
     first: dict[float, str] = {}
-    print("| variant | cfg | objects present | colours right | patterns right | all bound | bound, against plain | s a picture |")
+    print(
+        "| variant | cfg | objects present | colours right | patterns right | all bound | bound, against plain | s a picture |"
+    )
     print("|---|---|---|---|---|---|---|---|")
     for variant in variants:
         began = time.perf_counter()
@@ -125,7 +131,9 @@ def main(argv: list[str]) -> int:
         return softpag.apply(patched, args.scale, args.perturbation, 0.0, 1.0, 0.0, heads)
 
     variants = [v for cfg in args.cfg for v in (Variant("plain", lambda m: m, cfg), Variant("SoftPAG", soft, cfg))]
-    print(f"{len(captions)} held-out prompts of {args.things} things ({args.split}), {args.steps} steps, euler, seeds from {args.seed}")
+    print(
+        f"{len(captions)} held-out prompts of {args.things} things ({args.split}), {args.steps} steps, euler, seeds from {args.seed}"
+    )
     results = table(variants, captions, args.seed, args.steps)
     if args.record:
         plain = results[f"plain {args.cfg[0]:g}"]

@@ -21,7 +21,7 @@ from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -353,8 +353,8 @@ def _spoil(thing: world.Thing, rng: np.random.Generator, x: np.ndarray, y: np.nd
                 break
         return cut
     if kind == "blob":
-        angle = np.arctan2(y - thing.y, x - thing.x)
-        waves = [rng.uniform(0.05, 0.18) * np.cos(k * angle + rng.uniform(0, 2 * np.pi)) for k in (1, 2, 3, 4, 5)]
+        turn = np.arctan2(y - thing.y, x - thing.x)
+        waves = [rng.uniform(0.05, 0.18) * np.cos(k * turn + rng.uniform(0, 2 * np.pi)) for k in (1, 2, 3, 4, 5)]
         softness = np.exp(rng.uniform(0, 2))
         return (np.hypot(x - thing.x, y - thing.y) - thing.radius * (0.75 + sum(waves))) / softness
     towards = np.arctan2(world.SIZE / 2 - thing.y, world.SIZE / 2 - thing.x) + rng.uniform(-0.8, 0.8)
@@ -387,8 +387,8 @@ def draw_training_picture(rng: np.random.Generator) -> tuple[np.ndarray, np.ndar
             distance = (1 - share) * distance + share * _distance(replace(thing, noun=str(rng.choice(world.NOUNS))), x, y)
         alpha = np.clip(0.5 - distance, 0, 1)
         if fate < 0.2:
-            centre = ((alpha * v).sum() / max(alpha.sum(), 1) for v in (x, y))
-            read_as = Found("none", thing.colour, thing.pattern, *map(float, centre), thing.radius, 0.0)
+            u, w = (float((alpha * axis).sum() / max(alpha.sum(), 1)) for axis in (x, y))
+            read_as = Found("none", thing.colour, thing.pattern, u, w, thing.radius, 0.0)
         surface = world._surface(thing.colour, world.COLOURS[thing.colour], thing.pattern, x, y)
         if rng.random() < 0.08:  # two surfaces side by side
             colour = thing.colour if rng.random() < 0.4 else str(rng.choice(list(world.COLOURS)))
@@ -440,7 +440,7 @@ def _loss(evaluator: Evaluator, count: int, seed: int) -> tuple[Tensor, dict[str
     parts["cover"] = 2 * F.binary_cross_entropy_with_logits(maps.foreground, covered)
     parts["ground"] = F.cross_entropy(maps.background, backgrounds[:, 0])
     parts["surface"] = F.cross_entropy(maps.background_pattern, backgrounds[:, 1])
-    return sum(parts.values()), {name: part.item() for name, part in parts.items()}
+    return torch.stack(list(parts.values())).sum(), {name: part.item() for name, part in parts.items()}
 
 
 def training_batch(count: int, seed: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
@@ -469,9 +469,10 @@ def train(minutes: float, batch: int = 32) -> Evaluator:
     from .train import Stage
 
     torch.manual_seed(0)
-    stage = Stage("evaluator", {"evaluator": Evaluator().to(memory_format=torch.channels_last)}, minutes, 4e-3)
-    stage.run(lambda step: _loss(stage.modules["evaluator"], batch, step), batch)
-    averaged = stage.average["evaluator"]
+    reader = Evaluator().to(memory_format=torch.channels_last)
+    stage = Stage("evaluator", {"evaluator": reader}, minutes, 4e-3)
+    stage.run(lambda step: _loss(reader, batch, step), batch)
+    averaged: Any = stage.average["evaluator"]
     torch.optim.swa_utils.update_bn((training_batch(batch, 1_000_000 + i)[0] for i in range(60)), averaged)
     return averaged.eval()
 
@@ -493,8 +494,8 @@ def measure(evaluator: Evaluator, scenes: Sequence[world.Scene], worse: bool = F
             sure = [i for i, t in enumerate(reading.things) if t.confidence >= SURE]
             for thing in scene.things:
                 gaps = {i: math.hypot(reading.things[i].x - thing.x, reading.things[i].y - thing.y) for i in sure}
-                best = min(gaps, key=gaps.__getitem__, default=None)
-                tally["recall"].append(best is not None and gaps[best] < thing.radius / 2)
+                best = min(gaps, key=gaps.__getitem__, default=-1)
+                tally["recall"].append(best >= 0 and gaps[best] < thing.radius / 2)
                 if not tally["recall"][-1]:
                     continue
                 sure.remove(best)
@@ -512,7 +513,8 @@ def measure(evaluator: Evaluator, scenes: Sequence[world.Scene], worse: bool = F
 
 def spoiled_named(evaluator: Evaluator, count: int, seed: int = 5) -> float:
     """The share of spoiled things that the reader takes for a shape: lower is better."""
-    rng, named = np.random.default_rng([11, seed]), []
+    rng = np.random.default_rng([11, seed])
+    named: list[bool] = []
     while len(named) < count:
         picture, _, _, truth = draw_training_picture(rng)
         (reading,) = read(evaluator, torch.from_numpy(picture)[None])

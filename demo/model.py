@@ -7,6 +7,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, ClassVar
 
 import comfy.latent_formats
 import comfy.model_management
@@ -27,7 +28,7 @@ WEIGHTS = Path(__file__).parent / "weights"
 VARIANTS = ("shapes",)
 TOKEN_ROWS = "text_model.embeddings.token_embedding.weight"
 
-TEXT_CONFIG = {
+TEXT_CONFIG: dict[str, Any] = {
     "architectures": ["CLIPTextModel"],
     "hidden_act": "quick_gelu",
     "hidden_size": 128,
@@ -41,7 +42,7 @@ TEXT_CONFIG = {
     "layer_norm_eps": 1e-5,
 }
 
-UNET_CONFIG = {
+UNET_CONFIG: dict[str, Any] = {
     "image_size": 16,
     "in_channels": 4,
     "out_channels": 4,
@@ -59,7 +60,7 @@ UNET_CONFIG = {
     "legacy": False,
 }
 
-AUTOENCODER_CONFIG = {
+AUTOENCODER_CONFIG: dict[str, Any] = {
     "double_z": True,
     "z_channels": 4,
     "resolution": 128,
@@ -100,7 +101,7 @@ class Shapes(comfy.supported_models.SD15):
     """SD1.5 with smaller numbers."""
 
     unet_config = UNET_CONFIG
-    unet_extra_config = {"num_heads": UNET_CONFIG["num_heads"], "num_head_channels": -1}
+    unet_extra_config: ClassVar = {"num_heads": UNET_CONFIG["num_heads"], "num_head_channels": -1}
     latent_format = LatentFormat
 
 
@@ -141,7 +142,7 @@ def _model(weights: dict[str, torch.Tensor], preview: torch.Tensor) -> comfy.mod
 def _clip(weights: dict[str, torch.Tensor]) -> comfy.sd.CLIP:
     """Only the token rows of the world's own words are stored; every other word of CLIP's vocabulary means their average."""
     numbers, rows = weights.pop("token_numbers").long(), weights.pop("token_rows")
-    table = rows.mean(0, keepdim=True).repeat(int(TEXT_CONFIG["vocab_size"]), 1)
+    table = rows.mean(0, keepdim=True).repeat(TEXT_CONFIG["vocab_size"], 1)
     table[numbers] = rows
     weights[TOKEN_ROWS] = table
     target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)

@@ -96,14 +96,18 @@ class Stage:
             nn.utils.clip_grad_norm_(self.live.parameters(), 1.0)
             self.optimiser.step()
             keep = min(self.decay, (1 + self.step) / (10 + self.step))
-            averaged, live = list(self.average.parameters()), list(self.live.parameters())
+            averaged: list[Tensor] = list(self.average.parameters())
+            live: list[Tensor] = list(self.live.parameters())
             torch._foreach_lerp_(averaged, live, 1 - keep)
             self.step += 1
             self.spent = time.time() - began
             if self.spent - said > 30:
                 speed = (self.step - window) * batch / (self.spent - said)
                 words = "  ".join(f"{k} {v:.4f}" for k, v in notes.items())
-                print(f"{self.name}: {self.spent / 60:5.1f} of {self.seconds / 60:.0f} min, step {self.step}, {speed:.0f}/s  {words}", flush=True)
+                print(
+                    f"{self.name}: {self.spent / 60:5.1f} of {self.seconds / 60:.0f} min, step {self.step}, {speed:.0f}/s  {words}",
+                    flush=True,
+                )
                 said, window = self.spent, self.step
             if self.spent - saved_at > 180:
                 self.save()
@@ -145,12 +149,13 @@ def train_autoencoder(minutes: float) -> nn.Module:
     return stage.average["autoencoder"]
 
 
-
 def normalise(autoencoder: nn.Module, source: Iterator[world.Scene], count: int = 768) -> None:
     """Fold a shift and a scale per channel into the 1x1 convolutions, so that latents times `LATENT_SCALE` have mean 0, deviation 1."""
     with torch.no_grad():
-        moments = torch.cat([autoencoder.quant_conv(autoencoder.encoder(pictures(take(source, 32)))) for _ in range(count // 32)])
-        mean, log_variance = moments.chunk(2, dim=1)
+        moments = torch.cat(
+            [autoencoder.quant_conv(autoencoder.encoder(pictures(take(source, 32)))) for _ in range(count // 32)]
+        )
+        mean = moments[:, :4]
         shift, scale = mean.mean((0, 2, 3)), mean.std((0, 2, 3)) * LATENT_SCALE
         into, out = autoencoder.quant_conv, autoencoder.post_quant_conv
         out.bias.add_(out.weight[:, :, 0, 0] @ shift)
@@ -354,7 +359,9 @@ def export(autoencoder: nn.Module, text: nn.Module, denoiser: nn.Module, words: 
     parts |= {f"text.{k}": v for k, v in text.state_dict().items() if k != model.TOKEN_ROWS}
     parts["text.token_rows"] = text.state_dict()[model.TOKEN_ROWS][numbers]
     parts["preview.factors"] = preview_factors(autoencoder, world.scenes("train", 5))
-    tensors = {k: v.half().contiguous() for k, v in parts.items()} | {"text.token_numbers": torch.tensor(numbers, dtype=torch.int32)}
+    tensors = {k: v.half().contiguous() for k, v in parts.items()} | {
+        "text.token_numbers": torch.tensor(numbers, dtype=torch.int32)
+    }
     path = model.WEIGHTS / "shapes.safetensors"
     path.parent.mkdir(exist_ok=True)
     save_file(tensors, path, metadata={"data_version": world.DATA_VERSION, "command": command})

@@ -169,7 +169,9 @@ def describe(scene: Scene, rng: np.random.Generator, full: bool = False) -> Capt
     relation = None
     if len(things) == 2:
         a, b = things
-        kinds = [k for k, d in (("left", b.x - a.x), ("right", a.x - b.x), ("above", b.y - a.y), ("below", a.y - b.y)) if d > 24]
+        kinds = [
+            k for k, d in (("left", b.x - a.x), ("right", a.x - b.x), ("above", b.y - a.y), ("below", a.y - b.y)) if d > 24
+        ]
         if kinds and rng.random() < 0.45:
             relation = str(rng.choice(kinds))
     phrases, stated = zip(*(_thing_phrase(t, rng, full) for t in things), strict=True)
@@ -289,13 +291,16 @@ def coverage(thing: Thing) -> np.ndarray:
 
 def render(scene: Scene) -> np.ndarray:
     """Draw a scene: ``uint8 [SIZE, SIZE, 3]``, anti-aliased."""
-    picture = _surface(scene.background, BACKGROUNDS[scene.background], scene.background_pattern, _GRID[None, :], _GRID[:, None])
+    picture = _surface(
+        scene.background, BACKGROUNDS[scene.background], scene.background_pattern, _GRID[None, :], _GRID[:, None]
+    )
     picture = np.array(np.broadcast_to(picture, (SIZE, SIZE, 3)))
     for t in scene.things:
         x0, x1 = max(int(t.x - t.radius) - 2, 0), min(int(t.x + t.radius) + 3, SIZE)
         y0, y1 = max(int(t.y - t.radius) - 2, 0), min(int(t.y + t.radius) + 3, SIZE)
         x, y = _GRID[None, x0:x1], _GRID[y0:y1, None]
-        alpha = np.clip(0.5 - _signed_distance(t.noun, *np.broadcast_arrays(x - t.x, y - t.y), t.radius), 0, 1)[..., None]
+        u, v = np.broadcast_arrays(x - t.x, y - t.y)
+        alpha = np.clip(0.5 - _signed_distance(t.noun, u, v, t.radius), 0, 1)[..., None]
         box = picture[y0:y1, x0:x1]
         box[:] = box * (1 - alpha) + _surface(t.colour, COLOURS[t.colour], t.pattern, x, y) * alpha
     return np.clip(picture + scene.tint, 0, 255).astype(np.uint8)

@@ -41,4 +41,6 @@ class AttuneHeads(io.ComfyNode):
         family, sites = model_sites(model)
         heads = select(selection, sites, family)
         total = sum(site.heads for site in sites)
-        return io.NodeOutput(heads, f"{len(heads)} of {total} heads in {len(heads.chosen)} of {len(sites)} layers: {heads.text}")
+        return io.NodeOutput(
+            heads, f"{len(heads)} of {total} heads in {len(heads.chosen)} of {len(sites)} layers: {heads.text}"
+        )

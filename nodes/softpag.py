@@ -37,7 +37,12 @@ class AttuneSoftPAG(io.ComfyNode):
                     tooltip="How strongly the chosen heads are perturbed (u in the paper). 1 is PAG, lower is gentler, 0 is off.",
                 ),
                 io.Float.Input(
-                    "start_percent", default=0.0, min=0.0, max=1.0, step=0.01, tooltip="Where in sampling to begin: 0 is the first step."
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in sampling to begin: 0 is the first step.",
                 ),
                 io.Float.Input(
                     "end_percent",

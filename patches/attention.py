@@ -22,9 +22,8 @@ import contextlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from typing import Any
+from typing import Any, TypeAlias
 
-import comfy.model_patcher
 import comfy.patcher_extension
 import torch
 from torch import Tensor, nn
@@ -40,7 +39,7 @@ MINIMUM = "ComfyUI 0.3.60"
 VERBS = ("share", "edit", "read", "blend")
 COND, UNCOND, ALL = "cond", "uncond", "all"
 
-ModelPatcher = comfy.model_patcher.ModelPatcher
+ModelPatcher: TypeAlias = Any  # comfy.model_patcher.ModelPatcher
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -242,7 +241,9 @@ def _apply_model(
 class Forward:
     """One forward of the diffusion model with requests on it: knows which attention call is which, and serves it."""
 
-    def __init__(self, diffusion_model: nn.Module, asked: list[Request], x: Tensor, context: Tensor | None, options: dict[str, Any]):
+    def __init__(
+        self, diffusion_model: nn.Module, asked: list[Request], x: Tensor, context: Tensor | None, options: dict[str, Any]
+    ):
         self.model, self.x, self.context, self.options = diffusion_model, x, context, options
         self.family = family(diffusion_model)
         self.by_name = {site.name: site for site in sites(diffusion_model)}
@@ -313,7 +314,9 @@ class Forward:
 
         return replacement
 
-    def override(self, function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
+    def override(
+        self, function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any
+    ) -> Tensor:
         """ComfyUI's ``optimized_attention_override``."""
 
         def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -347,7 +350,7 @@ class Forward:
                 height, width = 1, queries
             image, text = slice(0, queries), slice(0, keys)
         else:
-            patch = self.model.patch_size
+            patch: int = self.model.patch_size  # type: ignore[assignment]
             height, width = ((n + patch - 1) // patch for n in self.x.shape[-2:])
             count = height * width
             words = keys - count if self.kind == "joint" else 0  # text comes first; reference pictures come after the image
@@ -524,7 +527,7 @@ def _edit_and_read(call: Call, todo: list[Request], tensors: Tensors, q: Tensor,
 
     edits = [r for r in todo if r.verb == "edit"]
     edited_rows = torch.zeros(call.batch, dtype=torch.bool, device=device)
-    before = after = rest = union = None
+    union = before = after = rest = torch.empty(0)
     if edits:
         for r in edits:
             edited_rows[call.rows(r.rows)] = True
@@ -559,12 +562,12 @@ def _edit_and_read(call: Call, todo: list[Request], tensors: Tensors, q: Tensor,
         rows = every_row[call.rows(r.rows)]
         if r.verb != "read" or not len(rows):
             continue
-        heads = r.where[call.site.name, call.kind]
-        heads = slice(None) if heads is None else list(heads)
+        asked = r.where[call.site.name, call.kind]
+        read_heads = slice(None) if asked is None else list(asked)
         columns = columns_of(r)
-        part = weights(rows, columns, heads, r.mean_heads and not edits)
+        part = weights(rows, columns, read_heads, r.mean_heads and not edits)
         if edits:
-            part = _as_edited(part, rows, columns, heads, edited_rows, union, after, rest)
+            part = _as_edited(part, rows, columns, read_heads, edited_rows, union, after, rest)
             part = part.mean(dim=1) if r.mean_heads else part
         r.act(call, part)
     return out
@@ -579,25 +582,23 @@ def _as_edited(
     places = torch.searchsorted(chosen, rows[here])
     inside = torch.isin(columns, union)
     changed = part[here] * rest[places][:, heads]
-    changed = changed.index_copy(-1, inside.nonzero().flatten(), after[places][:, heads][..., torch.searchsorted(union, columns[inside])])
+    changed = changed.index_copy(
+        -1, inside.nonzero().flatten(), after[places][:, heads][..., torch.searchsorted(union, columns[inside])]
+    )
     return part.index_copy(0, here.nonzero().flatten(), changed)
 
 
 def _blend(call: Call, r: Request, tensors: Tensors, out: Tensor) -> Tensor:
     """Write the blend of some rows and heads over the kernel's output, for image tokens only."""
-    rows = call.rows(r.rows)
-    if not isinstance(rows, slice) and not rows:
+    rows = torch.arange(call.batch, device=out.device)[call.rows(r.rows)]
+    if not len(rows):
         return out
     heads = r.where[call.site.name, call.kind]
+    chosen = torch.arange(tensors.heads, device=out.device) if heads is None else torch.tensor(heads, device=out.device)
     value = tensors.v if call.kind == "cross" else tensors.v[:, :, call.image]
-    if isinstance(rows, list):
-        rows = torch.tensor(rows, device=out.device)
-    rows_heads: tuple[Any, ...] = (rows, slice(None))
-    if heads is not None and len(heads) < tensors.heads:
-        numbers = torch.arange(call.batch, device=out.device)[rows]
-        rows_heads = (numbers[:, None], torch.tensor(heads, device=out.device)[None, :])
-    mixed = r.act(call, out[(*rows_heads, call.image)], value[rows_heads])
+    which = (rows[:, None], chosen[None, :])
+    mixed = r.act(call, out[:, :, call.image][which], value[which])
     if out.requires_grad or mixed.requires_grad:
         out = out.clone()
-    out[(*rows_heads, call.image)] = mixed
+    out[:, :, call.image][which] = mixed
     return out

@@ -136,7 +136,11 @@ class Prefixes:
         try:
             for block in before:
                 stand_in: nn.Module = _Replay(recorded.get(block))
-                parent, name = (diffusion_model, block[0]) if block[0] == "middle_block" else (getattr(diffusion_model, block[0]), str(block[1]))
+                parent, name = (
+                    (diffusion_model, block[0])
+                    if block[0] == "middle_block"
+                    else (getattr(diffusion_model, block[0]), str(block[1]))
+                )
                 originals.append((parent, name, parent._modules[name]))  # type: ignore[arg-type]
                 parent._modules[name] = nn.ModuleList([stand_in]) if unet else stand_in
             yield

@@ -11,6 +11,7 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import nn
 
@@ -74,7 +75,7 @@ def family(diffusion_model: nn.Module) -> str:
     )
 
 
-def sites(diffusion_model: nn.Module) -> tuple[Site, ...]:
+def sites(diffusion_model: Any) -> tuple[Site, ...]:
     """Every site of a model in order of execution.
 
     Raises:
@@ -88,7 +89,9 @@ def sites(diffusion_model: nn.Module) -> tuple[Site, ...]:
     kind = family(diffusion_model)
     if kind == "unet":
         groups = [("input", "input_blocks", list(diffusion_model.input_blocks))]
-        groups.append(("middle", "middle_block", [diffusion_model.middle_block] if diffusion_model.middle_block is not None else []))
+        groups.append(
+            ("middle", "middle_block", [diffusion_model.middle_block] if diffusion_model.middle_block is not None else [])
+        )
         groups.append(("output", "output_blocks", list(diffusion_model.output_blocks)))
         for place, attribute, blocks in groups:
             for i, block in enumerate(blocks):

@@ -47,7 +47,9 @@ def _request(perturbation: Perturbation, sites: Mapping[str, Site], chunk: int) 
     )
 
 
-def perturbed_predictions(args: Mapping[str, Any], perturbations: Sequence[Perturbation], sites: tuple[Site, ...]) -> list[Tensor]:
+def perturbed_predictions(
+    args: Mapping[str, Any], perturbations: Sequence[Perturbation], sites: tuple[Site, ...]
+) -> list[Tensor]:
     """The conditional prediction under each of several perturbations, in as few forwards as memory allows.
 
     Args:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
+
 from attune.demo import evaluator as ev
 from attune.demo import world
 

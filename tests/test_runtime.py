@@ -12,12 +12,13 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from PIL import Image
+
 from attune.runtime import RunError, cli, setup
 from attune.runtime.client import rejection
 from attune.runtime.pictures import grid
 from attune.runtime.server import Server
 from attune.runtime.setup import Runtime
-from PIL import Image
 
 ROOT = setup.ROOT
 POSIX = pytest.mark.skipif(os.name == "nt", reason="signals work differently on Windows")

@@ -3,6 +3,7 @@
 import copy
 
 import pytest
+
 from attune.runtime import RunError
 from attune.runtime.workflow import (
     BYPASSED,

@@ -73,13 +73,15 @@ def test_captions_state_what_the_scene_holds():
         caption = world.describe(scene, rng)
         held = {(t.noun, t.colour, t.pattern) for t in scene.things}
         for stated in caption.things:
-            assert any(
-                stated.noun == n and stated.colour in (None, c) and stated.pattern in (None, p) for n, c, p in held
-            ), caption
+            assert any(stated.noun == n and stated.colour in (None, c) and stated.pattern in (None, p) for n, c, p in held), (
+                caption
+            )
             assert stated.noun in caption.text
             assert stated.colour is None or stated.colour in caption.text
         if caption.relation:
-            first, second = (next(t for t in scene.things if t.noun == s.noun and s.colour in (None, t.colour)) for s in caption.things)
+            first, second = (
+                next(t for t in scene.things if t.noun == s.noun and s.colour in (None, t.colour)) for s in caption.things
+            )
             if first.noun != second.noun:
                 assert first.x < second.x if caption.relation == "left" else first.y < second.y
 
