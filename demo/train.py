@@ -297,7 +297,14 @@ def plain_attention(function: object, q: Tensor, k: Tensor, v: Tensor, heads: in
     return (weights @ v).transpose(1, 2).flatten(2)
 
 
-def train_denoiser(latents: Tensor, scenes: list[world.Scene], text: nn.Module, minutes: float, words: Words) -> nn.Module:
+def train_denoiser(
+    latents: Tensor,
+    scenes: list[world.Scene],
+    text: nn.Module,
+    minutes: float,
+    words: Words,
+    start: dict[str, Tensor] | None = None,
+) -> nn.Module:
     """Noise prediction on SD's schedule, min-SNR-5 weights, a tenth of the captions dropped for guidance."""
     from . import model
 
@@ -307,6 +314,8 @@ def train_denoiser(latents: Tensor, scenes: list[world.Scene], text: nn.Module, 
         for name, parameter in unet.named_parameters():
             if name.startswith("out.2") or ".out_layers.3." in name or ".proj_out." in name:
                 parameter.zero_()
+    if start is not None:
+        unet.load_state_dict(start)
     unet = unet.to(memory_format=torch.channels_last)
     forward = torch.compile(unet._forward)
     stage = Stage("denoiser", {"denoiser": unet}, minutes, 1e-3, decay=0.9995)
@@ -369,19 +378,50 @@ def export(autoencoder: nn.Module, text: nn.Module, denoiser: nn.Module, words: 
     return path
 
 
+def shipped(part: str) -> dict[str, Tensor]:
+    """One part of the weights that ship, as the part's own state."""
+    from safetensors.torch import load_file
+
+    from . import model
+
+    file = load_file(model.WEIGHTS / "shapes.safetensors")
+    state = {k.removeprefix(f"{part}."): v.float() for k, v in file.items() if k.startswith(f"{part}.")}
+    if part == "text":
+        numbers, rows = state.pop("token_numbers").long(), state.pop("token_rows")
+        state[model.TOKEN_ROWS] = rows.mean(0, keepdim=True).repeat(model.TEXT_CONFIG["vocab_size"], 1)
+        state[model.TOKEN_ROWS][numbers] = rows
+    return state
+
+
 def main(argv: list[str]) -> int:
+    from . import model
+
     parser = argparse.ArgumentParser(prog="run.py train", description=__doc__)
     parser.add_argument("--autoencoder-minutes", type=float, default=25)
     parser.add_argument("--text-minutes", type=float, default=5)
-    parser.add_argument("--denoiser-minutes", type=float, default=50)
+    parser.add_argument("--denoiser-minutes", type=float, default=150)
     parser.add_argument("--pool", type=int, default=60_000, help="pictures encoded for the last two stages")
+    parser.add_argument(
+        "--continue",
+        dest="go_on",
+        action="store_true",
+        help="keep the shipped autoencoder and text encoder, train the denoiser on",
+    )
     args = parser.parse_args(argv)
     torch.manual_seed(0)
-    autoencoder = train_autoencoder(args.autoencoder_minutes).eval()
-    normalise(autoencoder, world.scenes("train", 3))
-    latents, scenes = make_pool(autoencoder, args.pool)
     words = Words()
-    text = train_text(latents, scenes, args.text_minutes, words)
-    denoiser = train_denoiser(latents, scenes, text, args.denoiser_minutes, words)
+    if args.go_on:
+        autoencoder: nn.Module = model.autoencoder().eval()
+        autoencoder.load_state_dict(shipped("autoencoder"))
+        text: nn.Module = model.text_tower().eval()
+        text.load_state_dict(shipped("text"))
+        latents, scenes = make_pool(autoencoder, args.pool)
+    else:
+        autoencoder = train_autoencoder(args.autoencoder_minutes).eval()
+        normalise(autoencoder, world.scenes("train", 3))
+        latents, scenes = make_pool(autoencoder, args.pool)
+        text = train_text(latents, scenes, args.text_minutes, words)
+    start = shipped("denoiser") if args.go_on else None
+    denoiser = train_denoiser(latents, scenes, text, args.denoiser_minutes, words, start)
     export(autoencoder, text, denoiser, words, "run.py train " + " ".join(argv))
     return 0

@@ -23,8 +23,9 @@ def soften(out: Tensor, value: Tensor, perturbation: Tensor | float) -> Tensor:
         the perturbed heads' output, ``[..., M, d]``, in the dtype of ``out``.
     """
     if isinstance(perturbation, Tensor):
-        return torch.lerp(out, value, perturbation.to(out.dtype))
-    return torch.lerp(out, value, perturbation)
+        u = perturbation.to(out.dtype)
+        return torch.where(u == 1, value, torch.where(u == 0, out, torch.lerp(out, value, u)))  # lerp is not exact at its ends
+    return out if perturbation == 0 else value if perturbation == 1 else torch.lerp(out, value, perturbation)
 
 
 def guide(guided: Tensor, conditional: Tensor, perturbed: Tensor, scale: float, rescale: float = 0.0) -> Tensor:

@@ -223,16 +223,16 @@ def _apply_model(
     asked = [r for r in options.get(KEY, ()) if not (own and r.verb == "read") and r.span.holds(t, base.model_sampling)]
     asked += own.requests if own else ()
     run: Run | None = options.get(RUN)
-    wants_prefix = None if own else reuse.wanted(options, t, base.model_sampling)
-    if not asked and own is None and wants_prefix is None:
+    prefixes = () if own else reuse.wanted(options, t, base.model_sampling)
+    if not asked and own is None and not prefixes:
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     options = options.copy()
     with contextlib.ExitStack() as stack:
         if asked:
             stack.enter_context(Forward(base.diffusion_model, asked, x, c_crossattn, options).installed())
-        if run is not None and wants_prefix is not None:
-            stack.enter_context(run.prefixes.record(base.diffusion_model, wants_prefix, x, options))
+        if run is not None and prefixes:
+            stack.enter_context(run.prefixes.record(base.diffusion_model, prefixes, x, options))
         if run is not None and own is not None and own.replay_before is not None:
             stack.enter_context(run.prefixes.replay(base.diffusion_model, own.replay_before, x, options))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
@@ -310,7 +310,11 @@ class Forward:
             self._locate(kind, extra)
             if (self.name, kind) not in self.by_place:
                 return owner(q, k, v, extra, *args, **kwargs)
-            return self._attend(q, k, v, extra["n_heads"], lambda q, k, v: owner(q, k, v, extra, *args, **kwargs), {})
+
+            def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return owner(q, k, v, extra, *args, **kwargs).clone()  # blends write to it, and the owner may hold on to it
+
+            return self._attend(q, k, v, extra["n_heads"], kernel, {})
 
         return replacement
 
@@ -321,7 +325,7 @@ class Forward:
 
         def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             if self.previous is not None:
-                return self.previous(function, q, k, v, heads, *args, **kwargs)
+                return self.previous(function, q, k, v, heads, *args, **kwargs).clone()  # it may hold on to it
             return function(q, k, v, heads, *args, **kwargs)
 
         if self.busy or self.name not in self.by_name:
@@ -358,7 +362,6 @@ class Forward:
                 words = self.context.shape[1]
             image, text = slice(words, words + count), slice(0, words)
         chunks = tuple(options.get("cond_or_uncond") or (0,))
-        sigmas, schedule = options.get("sigmas"), options.get("sample_sigmas")
         run: Run | None = options.get(RUN)
         return Call(
             self.by_name[self.name],
@@ -370,10 +373,18 @@ class Forward:
             batch,
             chunks if batch % len(chunks) == 0 else (0,),
             PASS in options,
-            sigmas,
-            _LazyStep.of(sigmas, schedule),
+            options.get("sigmas"),
+            self.step,
             run,
         )
+
+    @cached_property
+    def step(self) -> int | None:
+        """Number of the sampling step; worked out once a forward, since it may wait for the device."""
+        sigmas, schedule = self.options.get("sigmas"), self.options.get("sample_sigmas")
+        if sigmas is None or schedule is None:
+            return None
+        return int((schedule >= sigmas.flatten()[0] * (1 - 1e-6)).sum()) - 1
 
     # --- serving a call ---
 
@@ -386,16 +397,8 @@ class Forward:
             return _serve(call, todo, tensors, kernel)
         finally:
             self.busy = False
-
-
-class _LazyStep:
-    """The step number costs a wait for the device, so it is only worked out on the CPU copy of the schedule."""
-
-    @staticmethod
-    def of(sigmas: Tensor | None, schedule: Tensor | None) -> int | None:
-        if sigmas is None or schedule is None:
-            return None
-        return int((schedule >= sigmas.flatten()[0] * (1 - 1e-6)).sum().item()) - 1
+            if self.family == "unet":
+                self.name = ""  # served: another pack's attention call before the next site is none of ours
 
 
 class Tensors:
@@ -464,8 +467,6 @@ def _serve(call: Call, todo: list[Request], tensors: Tensors, kernel: Kernel) ->
         out = _shared(tensors, source)
     else:
         out = tensors.open(kernel(*tensors.given))
-        if blends and (out.requires_grad or out.data_ptr() in {t.data_ptr() for t in tensors.given}):
-            out = out.clone()  # an owner that returns its input must not have it written to
     out = _edit_and_read(call, [r for r in todo if r.verb in ("edit", "read")], tensors, q, k, out)
     for r in blends:
         out = _blend(call, r, tensors, out)

@@ -9,11 +9,11 @@ from __future__ import annotations
 
 import contextlib
 import logging
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, equal, nn
+from torch import Tensor, cat, equal, nn
 
 PREFIXES = "attune_prefixes"  # in transformer_options: ((span, block), …) that perturbed passes will replay up to
 Block = tuple[str, int]
@@ -29,11 +29,16 @@ def blocks(diffusion_model: nn.Module) -> list[Block]:
     return out
 
 
-def wanted(options: dict[str, Any], sigma: Tensor, model_sampling: Any) -> Block | None:
-    """The last block up to which a pass at this noise level will replay, or None."""
-    found = [block for span, block in options.get(PREFIXES, ()) if span.holds(sigma, model_sampling)]
-    order = ("input_blocks", "middle_block", "output_blocks", "joint_blocks", "double_blocks", "single_blocks")
-    return max(found, key=lambda b: (order.index(b[0]), b[1]), default=None)
+def wanted(options: dict[str, Any], sigma: Tensor, model_sampling: Any) -> tuple[Block, ...]:
+    """The blocks up to which passes at this noise level will replay."""
+    return tuple({block for span, block in options.get(PREFIXES, ()) if span.holds(sigma, model_sampling)})
+
+
+def _needed(diffusion_model: nn.Module, until: Block) -> list[Block]:
+    """The blocks before ``until`` whose outputs a replay needs: a transformer's only hand on to the next one."""
+    order = blocks(diffusion_model)
+    before = order[: order.index(until)]
+    return before if hasattr(diffusion_model, "input_blocks") else before[-1:]
 
 
 def _module(diffusion_model: nn.Module, block: Block) -> nn.Module:
@@ -50,10 +55,15 @@ def _chunks(t: Tensor, options: dict[str, Any]) -> dict[Any, slice]:
 
 @dataclass
 class Prefix:
-    """What one conditioning's rows looked like: the input, and every block's output so far."""
+    """What one conditioning's rows looked like: noise level, input, and every block's output so far."""
 
+    sigma: Tensor
     x: Tensor
     outputs: dict[Block, tuple[Tensor, ...]] = field(default_factory=dict)
+
+    def fits(self, sigma: Tensor, x: Tensor) -> bool:
+        """Whether it was recorded from this very input."""
+        return self.x.shape == x.shape and equal(self.sigma, sigma) and equal(self.x, x)
 
 
 class _Replay(nn.Module):
@@ -82,24 +92,21 @@ class Prefixes:
     told: bool = False
 
     @contextlib.contextmanager
-    def record(self, diffusion_model: nn.Module, until: Block, x: Tensor, options: dict[str, Any]) -> Iterator[None]:
-        """Record the conditional rows' outputs of all blocks before ``until`` while a forward runs."""
+    def record(self, diffusion_model: nn.Module, until: Sequence[Block], x: Tensor, options: dict[str, Any]) -> Iterator[None]:
+        """Record the conditional rows' outputs of the blocks before each of ``until`` while a forward runs."""
         rows: dict[Any, slice] = {}
         for (uuid, where), role in zip(_chunks(x, options).items(), options.get("cond_or_uncond") or (), strict=False):
             known = self.held.get(uuid)
             # The first forward of an input is the plain one; later ones may be other packs' perturbed passes.
-            if role == 0 and (known is None or known.x.shape != x[where].shape or not equal(known.x, x[where])):
+            if role == 0 and (known is None or not known.fits(options["sigmas"], x[where])):
                 rows[uuid] = where
-                self.held[uuid] = Prefix(x[where].clone())
+                self.held[uuid] = Prefix(options["sigmas"].clone(), x[where].clone())
         handles = []
-        unet = hasattr(diffusion_model, "input_blocks")
-        order = blocks(diffusion_model)
-        before = order[: order.index(until)]
-        for block in before if rows else ():
-            if not unet and block != before[-1]:
-                continue  # a transformer's blocks only hand on to the next one
+        for block in {b for u in until for b in _needed(diffusion_model, u)} if rows else ():
             module = _module(diffusion_model, block)
-            module = module[-1] if unet else module  # ComfyUI walks a UNet block's layers itself
+            module = (
+                module[-1] if hasattr(diffusion_model, "input_blocks") else module
+            )  # ComfyUI walks a UNet block's layers itself
             handles.append(module.register_forward_hook(self._recorder(block, rows)))
         try:
             yield
@@ -123,7 +130,7 @@ class Prefixes:
         """Run one forward in which all blocks before ``until`` return what was recorded, if it was."""
         order = blocks(diffusion_model)
         before = order[: order.index(until)]
-        recorded = self._recorded(before, x, options)
+        recorded = self._recorded(_needed(diffusion_model, until), x, options)
         if recorded is None:
             if before and not self.told:
                 logging.info("Attune: the perturbed pass runs in full, since its input was not met in the normal pass")
@@ -148,19 +155,16 @@ class Prefixes:
             for parent, name, module in originals:
                 parent._modules[name] = module
 
-    def _recorded(self, before: list[Block], x: Tensor, options: dict[str, Any]) -> dict[Block, tuple[Tensor, ...]] | None:
-        import torch
-
+    def _recorded(self, needed: list[Block], x: Tensor, options: dict[str, Any]) -> dict[Block, tuple[Tensor, ...]] | None:
         uuids = list(options.get("uuids") or ())
-        if not before or not uuids:
+        if not needed or not uuids:
             return None
         size = x.shape[0] // len(uuids)
         found: list[Prefix] = []
         for i, uuid in enumerate(uuids):
             part = x[i * size : (i + 1) * size]
             prefix = self.held.get(uuid)
-            if prefix is None or prefix.x.shape != part.shape or before[-1] not in prefix.outputs or not equal(prefix.x, part):
+            if prefix is None or not prefix.outputs.keys() >= set(needed) or not prefix.fits(options["sigmas"], part):
                 return None
             found.append(prefix)
-        common = [b for b in before if all(b in p.outputs for p in found)]
-        return {b: tuple(torch.cat(parts) for parts in zip(*(p.outputs[b] for p in found), strict=True)) for b in common}
+        return {b: tuple(cat(parts) for parts in zip(*(p.outputs[b] for p in found), strict=True)) for b in needed}
