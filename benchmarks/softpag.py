@@ -55,7 +55,9 @@ def stepper(model: Any, steps: int, latent: int) -> Callable[[], torch.Tensor]:
     context = torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(1))
     positive, negative = ([[context * sign, {"pooled_output": context[:, 0]}]] for sign in (1, -1))
     noise = torch.randn(1, 4, latent, latent, generator=torch.Generator().manual_seed(2))
-    sampler = comfy.samplers.KSampler(model, steps, model.load_device, "euler", "normal", 1.0, model_options=model.model_options)
+    sampler = comfy.samplers.KSampler(
+        model, steps, model.load_device, "euler", "normal", 1.0, model_options=model.model_options
+    )
 
     @torch.inference_mode()
     def run() -> torch.Tensor:
@@ -98,12 +100,16 @@ def main(argv: list[str]) -> int:
             began = time.perf_counter()
             run()
             times[name].append((time.perf_counter() - began) / args.steps)
-    print(f"SD1.5-shaped UNet, {args.width} channels, latent {args.latent}×{args.latent}, {device}, ratios to the plain CFG step")
+    print(
+        f"SD1.5-shaped UNet, {args.width} channels, latent {args.latent}×{args.latent}, {device}, ratios to the plain CFG step"
+    )
     print("| variant | multiply-adds | time | peak memory | limit |")
     print("|---|---|---|---|---|")
     for name, (_, limit) in variants.items():
         work = f"{flops[name] / flops['plain CFG']:.3f}"
-        took = f"{statistics.median(times[name]) / statistics.median(times['plain CFG']):.3f}" if times[name] else "not measured"
+        took = (
+            f"{statistics.median(times[name]) / statistics.median(times['plain CFG']):.3f}" if times[name] else "not measured"
+        )
         peak = f"{peaks[name] / peaks['plain CFG']:.3f}" if peaks[name] else "only on CUDA"
         print(f"| {name} | {work} | {took} | {peak} | {limit:.2f} |")
     return 0

@@ -132,8 +132,8 @@ def test_edits_in_order_on_conditional_rows_only_and_readers_see_them():
     first, second, seen = (1, 3), (3, 5), []
 
     def scale(call, weights):
-        new = weights * 2
-        return new, (1 - new.sum(-1, keepdim=True)) / (1 - weights.sum(-1, keepdim=True))
+        total = 1 + weights.sum(-1, keepdim=True)  # twice the weight, divided by the new sum
+        return 2 * weights / total, 1 / total
 
     requests = [
         Request("edit", {CROSS: None}, scale, rows="cond", columns=first),
@@ -145,9 +145,8 @@ def test_edits_in_order_on_conditional_rows_only_and_readers_see_them():
     def change(weights, v, roles):
         cond = roles == 0
         new = weights[cond].clone()
-        a = new[..., list(first)]
-        new = new * (1 - 2 * a.sum(-1, keepdim=True)) / (1 - a.sum(-1, keepdim=True))
-        new[..., list(first)] = 2 * a
+        new[..., list(first)] *= 2
+        new = new / new.sum(-1, keepdim=True)
         new[:, [0, 2]] = new[:, [0, 2]][..., [0, 1, 2, 5, 4, 3, 6]]
         torch.testing.assert_close(new.sum(-1), torch.ones_like(new[..., 0]))
         maps.append(new)
