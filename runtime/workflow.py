@@ -201,7 +201,8 @@ def missing_files(prompt: Json, info: Json) -> list[str]:
     for node in prompt.values():
         known = specs(info.get(node["class_type"], {"input": {}}))
         for name, value in node["inputs"].items():
-            if name in known and _is_file(value) and value not in (_choices(known[name]) or [value]):
+            choices = _choices(known[name]) if name in known else None
+            if choices is not None and _is_file(value) and value not in choices:
                 missing.append(value)
     return missing
 
