@@ -23,19 +23,16 @@ from ..patches.attention import model_sites
 from ..patches.sites import select
 
 SD15 = {
+    **comfy.supported_models.SD15.unet_config,
     "image_size": 32,
     "in_channels": 4,
     "out_channels": 4,
-    "model_channels": 320,
     "channel_mult": [1, 2, 4, 4],
     "num_res_blocks": [2, 2, 2, 2],
-    "num_heads": 8,
     "use_spatial_transformer": True,
     "transformer_depth": [1, 1, 1, 1, 1, 1, 0, 0],
     "transformer_depth_middle": 1,
-    "transformer_depth_output": [1, 1, 1, 1, 1, 1, 1, 1, 1, 0, 0, 0],
-    "context_dim": 768,
-    "use_linear_in_transformer": False,
+    "transformer_depth_output": [1] * 9 + [0] * 3,
     "legacy": False,
 }
 PLAIN = "plain CFG"
@@ -49,26 +46,25 @@ class Weightless(comfy.model_patcher.ModelPatcher):
         pass
 
 
-def sd15(width: int, device: torch.device, dtype: torch.dtype) -> Any:
+def sd15(width: int, device: torch.device) -> Any:
     """ComfyUI's SD1.5 class with ``width`` model channels (320 is the real one)."""
     config = comfy.supported_models.SD15({**SD15, "model_channels": width})
-    config.set_inference_dtype(dtype, None)
+    config.set_inference_dtype(torch.float16 if device.type == "cuda" else torch.float32, None)
     return config.get_model({}, "", device=device)
 
 
 def with_data(width: int, device: torch.device) -> comfy.model_patcher.ModelPatcher:
     """A MODEL with small random weights."""
-    model = sd15(width, device, torch.float16 if device.type == "cuda" else torch.float32)
-    generator = torch.Generator(device).manual_seed(0)
+    model = sd15(width, device)
     with torch.no_grad():
         for parameter in model.diffusion_model.parameters():
-            parameter.normal_(0, 0.02, generator=generator)
+            parameter.normal_(0, 0.02)
     return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=device)
 
 
 def without_data(width: int) -> comfy.model_patcher.ModelPatcher:
     """A MODEL to count with: the sampler works on the CPU as ever, the UNet only on shapes, and it predicts zeros."""
-    model = sd15(width, torch.device("meta"), torch.float32)
+    model = sd15(width, torch.device("meta"))
     forward = model.diffusion_model.forward
 
     def on_shapes(x: Tensor, timesteps: Tensor, context: Tensor, **kwargs: Any) -> Tensor:
@@ -126,23 +122,20 @@ def count(width: int, latent: int) -> dict[str, int]:
 def measure(width: int, latent: int, steps: int, rounds: int) -> tuple[dict[str, float], dict[str, int]]:
     """Median seconds of a step, and (on CUDA) peak bytes, of each variant; rounds are interleaved, so that a busy moment hits all."""
     device = comfy.model_management.get_torch_device()
-    cuda = device.type == "cuda"
     runs = {name: stepper(model, steps, latent) for name, model in variants(with_data(width, device)).items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks = dict.fromkeys(runs, 0)
-    for turn in range(rounds + 1):  # the first warms up and measures memory
+    for turn in range(rounds + 1):  # the first warms up
         print(f"round {turn} of {rounds} on {device}", file=sys.stderr, flush=True)
         for name, run in runs.items():
-            if cuda:
-                torch.cuda.synchronize()
+            if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats()
             began = time.perf_counter()
-            run()
-            if cuda:
-                torch.cuda.synchronize()
-                peaks[name] = torch.cuda.max_memory_allocated()
+            run().cpu()  # waits for the device
             if turn:
                 times[name].append((time.perf_counter() - began) / steps)
+            if device.type == "cuda":
+                peaks[name] = torch.cuda.max_memory_allocated()
     return {name: statistics.median(taken) for name, taken in times.items()}, peaks
 
 
