@@ -42,10 +42,16 @@ def has_accelerator() -> bool:
     return any(backend is not None and backend.is_available() for backend in backends)
 
 
+def _stop(*_: object) -> None:
+    """Leave by unwinding, so that what was started is stopped; what a half-made event loop says on its way out is no news."""
+    sys.unraisablehook = lambda _: None
+    sys.exit(143)
+
+
 def main(comfyui: str, module: str, arguments: list[str]) -> int:
     """Run ``attune.<module>``'s ``main``; what the user did or met is told in a sentence, without a traceback."""
     if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # unwind, so that what was started is stopped
+        signal.signal(signal.SIGTERM, _stop)
     load(Path(comfyui), nodes=not module.startswith("runtime."))
     from attune.runtime import RunError  # the pack has this name from here on
 
