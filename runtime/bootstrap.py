@@ -42,16 +42,18 @@ def has_accelerator() -> bool:
     return any(backend is not None and backend.is_available() for backend in backends)
 
 
-def _stop(*_: object) -> None:
+def _stop(number: int, frame: object) -> None:
     """Leave by unwinding, so that what was started is stopped; what a half-made event loop says on its way out is no news."""
     sys.unraisablehook = lambda _: None
+    if number == signal.SIGINT:
+        raise KeyboardInterrupt
     sys.exit(143)
 
 
 def main(comfyui: str, module: str, arguments: list[str]) -> int:
     """Run ``attune.<module>``'s ``main``; what the user did or met is told in a sentence, without a traceback."""
-    if hasattr(signal, "SIGTERM"):
-        signal.signal(signal.SIGTERM, _stop)
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, _stop)
     load(Path(comfyui), nodes=not module.startswith("runtime."))
     from attune.runtime import RunError  # the pack has this name from here on
 
