@@ -105,8 +105,8 @@ class Shapes(comfy.supported_models.SD15):
     latent_format = LatentFormat
 
 
-def load(variant: str = VARIANTS[0]) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
-    """MODEL, CLIP and VAE of the bundled model.
+def stored(variant: str = VARIANTS[0]) -> dict[str, dict[str, torch.Tensor]]:
+    """The shipped weights in float32: a state for each of denoiser, text and autoencoder, and the preview's colours.
 
     Raises:
         ValueError: for an unknown variant.
@@ -117,11 +117,21 @@ def load(variant: str = VARIANTS[0]) -> tuple[comfy.model_patcher.ModelPatcher, 
     path = WEIGHTS / f"{variant}.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"the demo model's weights are missing ({path}); install the pack again, they come with it")
-    weights = comfy.utils.load_torch_file(str(path), safe_load=True)
     parts: dict[str, dict[str, torch.Tensor]] = {}
-    for name, tensor in weights.items():
+    for name, tensor in comfy.utils.load_torch_file(str(path), safe_load=True).items():
         part, _, rest = name.partition(".")
         parts.setdefault(part, {})[rest] = tensor.float()
+    # Only the token rows of the world's own words are stored; every other word of CLIP's vocabulary means their average.
+    numbers, rows = parts["text"].pop("token_numbers").long(), parts["text"].pop("token_rows")
+    table = rows.mean(0, keepdim=True).repeat(TEXT_CONFIG["vocab_size"], 1)
+    table[numbers] = rows
+    parts["text"][TOKEN_ROWS] = table
+    return parts
+
+
+def load(variant: str = VARIANTS[0]) -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:
+    """MODEL, CLIP and VAE of the bundled model; errors as in `stored`."""
+    parts = stored(variant)
     return _model(parts["denoiser"], parts["preview"]["factors"]), _clip(parts["text"]), _vae(parts["autoencoder"])
 
 
@@ -140,11 +150,6 @@ def _model(weights: dict[str, torch.Tensor], preview: torch.Tensor) -> comfy.mod
 
 
 def _clip(weights: dict[str, torch.Tensor]) -> comfy.sd.CLIP:
-    """Only the token rows of the world's own words are stored; every other word of CLIP's vocabulary means their average."""
-    numbers, rows = weights.pop("token_numbers").long(), weights.pop("token_rows")
-    table = rows.mean(0, keepdim=True).repeat(TEXT_CONFIG["vocab_size"], 1)
-    table[numbers] = rows
-    weights[TOKEN_ROWS] = table
     target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
     folders = folder_paths.get_folder_paths("embeddings")
     clip = comfy.sd.CLIP(target, embedding_directory=folders, model_options={"clip_l_model_config": TEXT_CONFIG})

@@ -378,21 +378,6 @@ def export(autoencoder: nn.Module, text: nn.Module, denoiser: nn.Module, words: 
     return path
 
 
-def shipped(part: str) -> dict[str, Tensor]:
-    """One part of the weights that ship, as the part's own state."""
-    from safetensors.torch import load_file
-
-    from . import model
-
-    file = load_file(model.WEIGHTS / "shapes.safetensors")
-    state = {k.removeprefix(f"{part}."): v.float() for k, v in file.items() if k.startswith(f"{part}.")}
-    if part == "text":
-        numbers, rows = state.pop("token_numbers").long(), state.pop("token_rows")
-        state[model.TOKEN_ROWS] = rows.mean(0, keepdim=True).repeat(model.TEXT_CONFIG["vocab_size"], 1)
-        state[model.TOKEN_ROWS][numbers] = rows
-    return state
-
-
 def main(argv: list[str]) -> int:
     from . import model
 
@@ -411,17 +396,18 @@ def main(argv: list[str]) -> int:
     torch.manual_seed(0)
     words = Words()
     if args.go_on:
+        shipped = model.stored()
         autoencoder: nn.Module = model.autoencoder().eval()
-        autoencoder.load_state_dict(shipped("autoencoder"))
+        autoencoder.load_state_dict(shipped["autoencoder"])
         text: nn.Module = model.text_tower().eval()
-        text.load_state_dict(shipped("text"))
+        text.load_state_dict(shipped["text"])
         latents, scenes = make_pool(autoencoder, args.pool)
     else:
         autoencoder = train_autoencoder(args.autoencoder_minutes).eval()
         normalise(autoencoder, world.scenes("train", 3))
         latents, scenes = make_pool(autoencoder, args.pool)
         text = train_text(latents, scenes, args.text_minutes, words)
-    start = shipped("denoiser") if args.go_on else None
+    start = shipped["denoiser"] if args.go_on else None
     denoiser = train_denoiser(latents, scenes, text, args.denoiser_minutes, words, start)
     export(autoencoder, text, denoiser, words, "run.py train " + " ".join(argv))
     return 0

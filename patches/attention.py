@@ -96,7 +96,7 @@ class Request:
 
 @dataclass
 class Run:
-    """What lives while one sampling run lasts: the model's sites, recorded prefixes, and every method's own state."""
+    """What lives while one sampling run lasts: recorded prefixes and every method's own state."""
 
     prefixes: reuse.Prefixes = field(default_factory=reuse.Prefixes)
     state: dict[Any, Any] = field(default_factory=dict)
@@ -180,11 +180,6 @@ def install(model: ModelPatcher) -> None:
 def with_pass(model_options: dict[str, Any], own: Pass) -> dict[str, Any]:
     """A copy of a sampler's model options that makes the forwards under it the given pass."""
     return {**model_options, "transformer_options": {**model_options.get("transformer_options", {}), PASS: own}}
-
-
-def current_run(model_options: dict[str, Any]) -> Run | None:
-    """The sampling run that a sampler's model options belong to."""
-    return model_options.get("transformer_options", {}).get(RUN)
 
 
 def model_sites(model: ModelPatcher) -> tuple[str, tuple[Site, ...]]:
