@@ -289,6 +289,19 @@ def coverage(thing: Thing) -> np.ndarray:
     return np.clip(0.5 - d, 0, 1).astype(np.float32)
 
 
+def layout(scene: Scene, cells: int = SIZE // 8) -> np.ndarray:
+    """Which thing is at each cell's centre: ``int8 [cells, cells]``, 0 the background, 1 the first thing, -1 an edge."""
+    side = SIZE / cells
+    centres = (np.arange(cells, dtype=np.float32) + 0.5) * side
+    out = np.zeros((cells, cells), np.int8)
+    for i, t in enumerate(scene.things, 1):
+        x, y = np.broadcast_arrays(centres[None, :] - t.x, centres[:, None] - t.y)
+        d = _signed_distance(t.noun, x, y, t.radius)
+        out[d < side / 4] = -1
+        out[d < -side / 4] = i
+    return out
+
+
 def render(scene: Scene) -> np.ndarray:
     """Draw a scene: ``uint8 [SIZE, SIZE, 3]``, anti-aliased."""
     picture = _surface(

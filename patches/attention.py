@@ -38,6 +38,7 @@ PASS = "attune_pass"
 MINIMUM = "ComfyUI 0.3.60"
 VERBS = ("share", "edit", "read", "blend")
 COND, UNCOND, ALL = "cond", "uncond", "all"
+PIXELS = "pixels"
 
 ModelPatcher: TypeAlias = Any  # comfy.model_patcher.ModelPatcher
 Kernel = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -75,7 +76,7 @@ class Request:
             order, and not all in one batch). In that pass every row counts as conditional, and nothing is read.
         span: when.
         columns: key columns ``[T]`` to edit or read: text columns in cross and joint attention, pixels in self-attention;
-            ``None`` is all of them.
+            ``None`` is all of them, `PIXELS` all image tokens of joint attention.
         mean_heads: read the mean over heads only, which never stores single heads.
         covers: the blend does not use ``out``: the kernel may be spared where every row and head is covered.
     """
@@ -85,7 +86,7 @@ class Request:
     act: Callable[..., Any]
     rows: str | int = ALL
     span: Span = Span()
-    columns: tuple[int, ...] | None = None
+    columns: tuple[int, ...] | str | None = None
     mean_heads: bool = False
     covers: bool = False
 
@@ -96,10 +97,17 @@ class Request:
 
 @dataclass
 class Run:
-    """What lives while one sampling run lasts: recorded prefixes and every method's own state."""
+    """What lives while one sampling run lasts: recorded prefixes and every method's own state.
 
+    ``conds`` are the guider's conditionings by role, ``sites`` the places of the models met so far; ``finished`` is called, in
+    order, after a run that came to its end.
+    """
+
+    conds: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+    sites: dict[int, dict[str, Site]] = field(default_factory=dict)
     prefixes: reuse.Prefixes = field(default_factory=reuse.Prefixes)
     state: dict[Any, Any] = field(default_factory=dict)
+    finished: list[Callable[[], None]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -120,7 +128,10 @@ class Call:
         image, text: which tokens (queries and keys) are image, which keys are text.
         batch: rows in the call; ``chunks[i]`` (0 conditional, 1 unconditional) is what chunk ``i`` of equal parts of it is.
         perturbed: this is a perturbed pass of ours, where a chunk's number is its perturbation's.
+        uuids: ComfyUI's name of the conditioning that each chunk belongs to.
+        latent: height and width of the latent of this forward (smaller than the picture's under a conditioning area).
         sigma: noise level, ``[pictures]``.
+        steps: how many the sampler makes, or None outside one.
         step: number of the sampling step, or None outside a sampler.
         run: the run's state, or None outside a sampling run.
     """
@@ -134,7 +145,10 @@ class Call:
     batch: int
     chunks: tuple[int, ...]
     perturbed: bool
+    uuids: tuple[Any, ...]
+    latent: tuple[int, int]
     sigma: Tensor | None
+    steps: int | None
     step: int | None
     run: Run | None
 
@@ -197,8 +211,12 @@ def model_sites(model: ModelPatcher) -> tuple[str, tuple[Site, ...]]:
 
 def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """OUTER_SAMPLE: give the run its state; the guider drops these options when the run ends, whatever ends it."""
-    executor.class_obj.model_options.setdefault("transformer_options", {})[RUN] = Run()
-    return executor(*args, **kwargs)
+    run = Run(getattr(executor.class_obj, "conds", {}))
+    executor.class_obj.model_options.setdefault("transformer_options", {})[RUN] = run
+    out = executor(*args, **kwargs)
+    for publish in run.finished:
+        publish()
+    return out
 
 
 def _apply_model(
@@ -241,7 +259,11 @@ class Forward:
     ):
         self.model, self.x, self.context, self.options = diffusion_model, x, context, options
         self.family = family(diffusion_model)
-        self.by_name = {site.name: site for site in sites(diffusion_model)}
+        run: Run | None = options.get(RUN)
+        known = {} if run is None else run.sites
+        if id(diffusion_model) not in known:
+            known[id(diffusion_model)] = {site.name: site for site in sites(diffusion_model)}
+        self.by_name = known[id(diffusion_model)]
         self.by_place: dict[tuple[str, str], list[Request]] = {}
         for r in sorted(asked, key=lambda r: VERBS.index(r.verb)):  # stable: graph order within a verb
             for place in r.where:
@@ -368,7 +390,10 @@ class Forward:
             batch,
             chunks if batch % len(chunks) == 0 else (0,),
             PASS in options,
+            tuple(options.get("uuids") or ()),
+            (self.x.shape[-2], self.x.shape[-1]),
             options.get("sigmas"),
+            None if (schedule := options.get("sample_sigmas")) is None else len(schedule) - 1,
             self.step,
             run,
         )
@@ -508,6 +533,8 @@ def _edit_and_read(call: Call, todo: list[Request], tensors: Tensors, q: Tensor,
     count = (call.text.stop - call.text.start) if call.kind != "self" else keys
 
     def columns_of(r: Request) -> Tensor:
+        if isinstance(r.columns, str):
+            return torch.arange(call.image.start, call.image.stop, device=device)
         if r.columns is None:
             return torch.arange(count, device=device) + offset
         if r.columns and max(r.columns) >= count:

@@ -26,6 +26,7 @@ class Site:
         kinds: kinds of attention, in order of execution.
         layer: place among the model's sites in order of execution, from 0 (the ``L`` of ``L8H3``).
         block: path of the ComfyUI block that holds it, below the diffusion model: ``("input_blocks", 4)``.
+        stride: latent pixels per image token, along each side.
     """
 
     name: str
@@ -33,6 +34,7 @@ class Site:
     kinds: tuple[str, ...]
     layer: int
     block: tuple[str, int]
+    stride: int = 1
 
     @property
     def kind(self) -> str:
@@ -75,6 +77,12 @@ def family(diffusion_model: nn.Module) -> str:
     )
 
 
+def _resampling(layer: Any) -> float:
+    """How a UNet layer changes the latent pixels per token: 2, 1 or 0.5."""
+    part = layer.h_upd if getattr(layer, "updown", False) else layer
+    return {"Downsample": 2.0, "Upsample": 0.5}.get(type(part).__name__, 1.0)
+
+
 def sites(diffusion_model: Any) -> tuple[Site, ...]:
     """Every site of a model in order of execution.
 
@@ -83,8 +91,8 @@ def sites(diffusion_model: Any) -> tuple[Site, ...]:
     """
     found: list[Site] = []
 
-    def add(name: str, heads: int, kinds: tuple[str, ...], block: tuple[str, int]) -> None:
-        found.append(Site(name, heads, kinds, len(found), block))
+    def add(name: str, heads: int, kinds: tuple[str, ...], block: tuple[str, int], stride: int) -> None:
+        found.append(Site(name, heads, kinds, len(found), block, stride))
 
     kind = family(diffusion_model)
     if kind == "unet":
@@ -93,20 +101,23 @@ def sites(diffusion_model: Any) -> tuple[Site, ...]:
             ("middle", "middle_block", [diffusion_model.middle_block] if diffusion_model.middle_block is not None else [])
         )
         groups.append(("output", "output_blocks", list(diffusion_model.output_blocks)))
+        stride = 1
         for place, attribute, blocks in groups:
             for i, block in enumerate(blocks):
                 for layer in block:
+                    stride = int(stride * _resampling(layer))
                     for j, transformer in enumerate(getattr(layer, "transformer_blocks", ())):
                         kinds = ("self",) if transformer.attn2 is None else ("self", "cross")
-                        add(f"{place}.{i}.{j}", transformer.n_heads, kinds, (attribute, i))
+                        add(f"{place}.{i}.{j}", transformer.n_heads, kinds, (attribute, i), stride)
     elif kind == "sd3":
         for i, block in enumerate(diffusion_model.joint_blocks):
             twice = getattr(block.x_block, "x_block_self_attn", False)
-            add(f"joint.{i}", block.x_block.attn.num_heads, ("joint", "self") if twice else ("joint",), ("joint_blocks", i))
+            kinds = ("joint", "self") if twice else ("joint",)
+            add(f"joint.{i}", block.x_block.attn.num_heads, kinds, ("joint_blocks", i), diffusion_model.patch_size)
     else:
         for place, attribute in (("double", "double_blocks"), ("single", "single_blocks")):
             for i, block in enumerate(getattr(diffusion_model, attribute)):
-                add(f"{place}.{i}", block.num_heads, ("joint",), (attribute, i))
+                add(f"{place}.{i}", block.num_heads, ("joint",), (attribute, i), diffusion_model.patch_size)
     if not found:
         raise ValueError(f"this {type(diffusion_model).__name__} has no attention layers for Attune to work on")
     return tuple(found)

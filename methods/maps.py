@@ -1,0 +1,74 @@
+"""Attention maps as pictures and masks.
+
+Shapes: ``B`` pictures, ``N`` text tokens, ``h × w`` the maps' grid, pictures ``[B, H, W, 3]`` in [0, 1] as in ComfyUI. Maps are
+renormalised over space (`scfg.layer_maps`): a value of 1 is average attention.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .scfg import TINY
+
+# Okabe and Ito's colours, told apart by colour-blind eyes too; grey is the background.
+COLOURS = (
+    (0.35, 0.35, 0.35),
+    (0.90, 0.62, 0.00),
+    (0.34, 0.71, 0.91),
+    (0.00, 0.62, 0.45),
+    (0.94, 0.89, 0.26),
+    (0.00, 0.45, 0.70),
+    (0.84, 0.37, 0.00),
+    (0.80, 0.47, 0.65),
+)
+
+
+def phrase_maps(maps: Tensor, phrases: Sequence[Sequence[int]]) -> Tensor:
+    """The mean map of each phrase's columns: ``[B, N, h, w]`` to ``[B, len(phrases), h, w]``."""
+    return torch.stack([maps[:, list(columns)].mean(dim=1) for columns in phrases], dim=1)
+
+
+def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
+    """Bilinear, ``[B, n, h, w]`` to ``[B, n, *size]``."""
+    return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
+
+
+def stretch(maps: Tensor) -> Tensor:
+    """Each map over its own range: least 0, most 1 (a flat map is 0)."""
+    low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
+    return (maps - low) / (high - low + TINY)
+
+
+def segment(maps: Tensor, phrases: Sequence[Sequence[int]], size: tuple[int, int], start: int = 0) -> Tensor:
+    """Who owns each pixel: the phrase with the largest renormalised map, or the start token, which is the background.
+
+    Returns:
+        ``int64 [B, *size]``: 0 background, ``i`` phrase ``i`` (from 1).
+    """
+    candidates = torch.cat([maps[:, start : start + 1], phrase_maps(maps, phrases)], dim=1)
+    return resize(candidates, size).argmax(dim=1)
+
+
+def masks(labels: Tensor, count: int) -> Tensor:
+    """Labels ``[B, H, W]`` of `segment` to hard masks ``[count, B, H, W]``, one per phrase."""
+    return torch.stack([(labels == i + 1).float() for i in range(count)])
+
+
+def heat(image: Tensor, maps: Tensor, opacity: float = 0.6) -> Tensor:
+    """Heat of one map over its picture: ``[B, H, W, 3]`` and ``[B, H, W]`` in [0, 1] to ``[B, H, W, 3]``."""
+    from kornia.color import ColorMap, apply_colormap
+
+    colours = ColorMap(base="turbo", num_colors=256, device=maps.device, dtype=torch.float32)
+    painted = apply_colormap((maps[:, None] * 255).round(), colours).movedim(1, -1)
+    return torch.lerp(image, painted.to(image.dtype), opacity)
+
+
+def paint(image: Tensor, labels: Tensor, opacity: float = 0.55) -> Tensor:
+    """Regions in colour over their picture: ``[B, H, W, 3]`` and ``int64 [B, H, W]`` to ``[B, H, W, 3]``. Colours repeat after seven."""
+    table = torch.tensor(COLOURS, device=image.device, dtype=image.dtype)
+    painted = table[torch.where(labels == 0, 0, (labels - 1) % (len(COLOURS) - 1) + 1)]
+    return torch.lerp(image, painted, opacity)

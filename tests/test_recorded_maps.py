@@ -1,0 +1,206 @@
+"""Captured attention maps: right, bounded, of the right picture, and made into masks."""
+
+import families
+import pytest
+import torch
+from test_attention import reference
+
+from attune.methods import maps as maths
+from attune.patches import maps
+from attune.patches.attention import model_sites
+from attune.patches.sites import select
+
+sample = families.sample
+
+
+def heads(model, selection):
+    family, sites = model_sites(model)
+    return select(selection, sites, family)
+
+
+def seen(model, place, **settings):
+    """Every conditional map at a place, softmax written out: a list of ``[pictures, H, M, N]``, one per evaluation."""
+    found = []
+
+    def change(weights, v, roles):
+        if (roles == 0).any():
+            found.append(weights[roles == 0])
+        return weights @ v
+
+    sample(reference(model, place, change), **settings)
+    return found
+
+
+@pytest.mark.parametrize("steps", ["mean", "last", "every step", "every 2nd step"])
+@pytest.mark.parametrize("tokens", [7, 11], ids=["one batch", "two batches"])
+def test_what_is_kept(steps, tokens):
+    model, settings = families.shared("sd15"), {"steps": 3, "batch": 2, "size": (8, 12), "negative": families.text(2, tokens)}
+    patched, held = maps.apply(model, heads(model, "middle.0.0"), "both", steps, "fp32")
+    assert torch.equal(sample(patched, **settings), sample(model, **settings))
+    record = held.record()
+    cross, own = seen(model, ("middle.0.0", "cross"), **settings), seen(model, ("middle.0.0", "self"), **settings)
+    right = {
+        "mean": {-1: torch.stack(cross).mean(0)},
+        "last": {-1: cross[-1]},
+        "every step": dict(enumerate(cross)),
+        "every 2nd step": {0: cross[0], 2: cross[2]},
+    }[steps]
+    place = record.cross["middle.0.0"]
+    assert place.grid == (4, 6) and record.steps == sorted(right)
+    for step, frame in right.items():
+        torch.testing.assert_close(place.frames[step], frame, rtol=1e-3, atol=1e-5)
+    pixels = record.pixels["middle.0.0"].frames[max(right)]
+    last = {"mean": torch.stack(own).mean(0), "last": own[-1], "every step": own[2], "every 2nd step": own[2]}[steps]
+    torch.testing.assert_close(pixels[:, 0], last.mean(1), rtol=1e-3, atol=1e-5)
+    assert record.bytes == sum(t.numel() * 4 for p in record.places() for t in p.frames.values())
+
+
+@pytest.mark.parametrize(("name", "site"), [("sd3", "joint.1"), ("flux", "double.1"), ("flux", "single.2")])
+def test_joint_attention_is_kept_as_pixels_to_words_and_pixels_to_pixels(name, site):
+    model, settings = families.shared(name), {"steps": 1, "size": (8, 12)}
+    patched, held = maps.apply(model, heads(model, site), "both", "mean", "fp32")
+    sample(patched, **settings)
+    (whole,) = seen(model, (site, "joint"), **settings)
+    words = whole.shape[-1] - 4 * 6
+    record = held.record()
+    torch.testing.assert_close(record.cross[site].frames[-1], whole[:, :, words:, :words], rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(record.pixels[site].frames[-1], whole[:, :, words:, words:].mean(1, True), rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_every_family_and_what_auto_means(name):
+    model = families.shared(name)
+    patched, held = maps.apply(model, kind="both", precision="fp16")
+    assert torch.equal(sample(patched), sample(model))
+    record = held.record()
+    tokens = maps.token_maps(record, powers=2, sigma=0.5)
+    assert tokens.ndim == 4 and tokens.isfinite().all()
+    family, sites = model_sites(model)
+    assert list(record.cross) == [s.name for s in maps.auto_sites(sites, family)]
+    torch.testing.assert_close(tokens.mean((2, 3)).mean(), torch.tensor(1.0), rtol=0.3, atol=0)
+    for site in sites:  # the static grid is the one met at run time
+        if site.name in record.cross:
+            assert record.cross[site.name].grid == (-(-8 // site.stride),) * 2
+
+
+def test_the_limit_is_said_before_it_is_reached():
+    model = families.shared("sd15")
+    patched, held = maps.apply(model, kind="both", steps="every step", precision="fp32", limit_mb=0.05)
+    with pytest.raises(ValueError, match="limit"):
+        sample(patched, steps=4, size=(16, 16))
+    assert not held.records
+    sample(maps.apply(model, kind="cross", precision="fp16", limit_mb=0.05)[0])
+
+
+def test_an_interrupted_run_leaves_no_maps_and_the_next_one_is_clean():
+    model = families.shared("sd15")
+    patched, held = maps.apply(model, kind="cross", precision="fp32")
+
+    def stop(step, *rest):
+        raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        sample(patched, steps=3, callback=stop)
+    assert not held.records
+    with pytest.raises(ValueError, match="no attention maps yet"):
+        held.record()
+    sample(patched, seed=3)
+    again, other = maps.apply(model, kind="cross", precision="fp32")
+    sample(again, seed=3)
+    for ours, right in zip(held.record().places(), other.record().places(), strict=True):
+        assert torch.equal(ours.frames[-1], right.frames[-1])
+
+
+def test_maps_are_of_the_picture_that_comes_in(monkeypatch):
+    """One model, two samplers: each picture gets its own run's maps; a run that is gone is not replaced by another."""
+
+    def prompt(seed, source="3"):
+        return {
+            "1": {"class_type": "Capture", "inputs": {}},
+            "3": {"class_type": "KSampler", "inputs": {"model": ["1", 0], "seed": seed}},
+            "4": {"class_type": "KSampler", "inputs": {"model": ["1", 0], "seed": seed + 1}},
+            "5": {"class_type": "VAEDecode", "inputs": {"samples": [source, 0]}},
+            "6": {"class_type": "Show", "inputs": {"image": ["5", 0], "maps": ["1", 1]}},
+        }
+
+    held = maps.Maps()
+
+    def ran(node, graph):
+        monkeypatch.setattr(maps, "executing", lambda: (node, maps.lineage(graph, node)))
+        record = maps.Record((8, 8), 1)
+        held.publish(record)
+        return record
+
+    first, second = ran("3", prompt(1)), ran("4", prompt(1))
+    assert held.record(prompt(1), "6") is first
+    assert held.record(prompt(1, "4"), "6") is second
+    assert held.record() is second
+    again = ran("3", prompt(7))
+    assert held.record(prompt(7), "6") is again
+    assert held.record(prompt(1), "6") is first  # a cached picture, whose run is still known
+    for seed in range(20, 20 + maps.KEPT_RUNS):
+        ran("3", prompt(seed))
+    with pytest.raises(ValueError, match="another picture"):
+        held.record(prompt(1), "6")
+    loaded = prompt(1)
+    loaded["5"] = {"class_type": "LoadImage", "inputs": {}}
+    with pytest.raises(ValueError, match="another picture"):
+        held.record(loaded, "6")
+
+
+def test_a_short_prompt_beside_a_long_one():
+    """ComfyUI repeats the shorter context: folding brings its own columns back."""
+    model = families.shared("sd15")
+    alone, beside = (maps.apply(model, heads(model, "middle.0.0"), "cross", "mean", "fp32") for _ in range(2))
+    sample(alone[0], negative=families.text(2, 7), steps=1)
+    sample(beside[0], negative=families.text(2, 14), steps=1)
+    one, two = (held.record().cross["middle.0.0"].frames[-1] for _, held in (alone, beside))
+    assert (one.shape[-1], two.shape[-1]) == (7, 14)
+    torch.testing.assert_close(maps.folded(two, 7), one, rtol=1e-3, atol=1e-5)
+    with pytest.raises(ValueError, match="different prompts"):
+        maps.folded(one, 5)
+
+
+def test_areas_are_passed_over():
+    model = families.shared("sd15")
+    part = families.text(3, area=(8, 8, 0, 0), strength=1.0)
+    patched, held = maps.apply(model, kind="cross", precision="fp32")
+    sample(patched, positive=part + families.text(1), size=(8, 16))
+    assert held.record().latent == (8, 16)
+    with pytest.raises(ValueError, match="area"):
+        sample(patched, positive=part, size=(8, 16))
+
+
+# --- pictures and masks -----------------------------------------------------------------------------------------------
+
+
+def test_segments():
+    maps_ = torch.zeros(1, 4, 2, 3)
+    maps_[0, 0] = 1.0  # the start token
+    maps_[0, 1, 0] = 4.0
+    maps_[0, 2, 0] = 2.0
+    maps_[0, 3, 1, 2] = 1.5
+    labels = maths.segment(maps_, [[1, 2], [3]], (2, 3))
+    assert labels.tolist() == [[[1, 1, 1], [0, 0, 2]]]
+    masks = maths.masks(labels, 2)
+    assert masks.shape == (2, 1, 2, 3) and masks.sum() == 4
+    large = maths.segment(maps_, [[1, 2], [3]], (8, 12))
+    assert large.shape == (1, 8, 12) and set(large.unique().tolist()) == {0, 1, 2}
+
+
+def test_heat_and_paint():
+    image = torch.rand(2, 8, 9, 3)
+    flat = maths.stretch(torch.full((2, 1, 8, 9), 3.0))
+    assert torch.equal(flat, torch.zeros_like(flat))
+    soft = maths.stretch(torch.rand(2, 8, 9))
+    assert soft.amin() == 0 and 0.999 < soft.amax() <= 1
+    painted = maths.heat(image, soft)
+    assert painted.shape == image.shape and painted.min() >= 0 and painted.max() <= 1
+    assert torch.equal(maths.heat(image, soft, 0.0), image)
+    hot, cold = maths.heat(image, torch.ones(2, 8, 9), 1.0), maths.heat(image, torch.zeros(2, 8, 9), 1.0)
+    assert hot[0, 0, 0, 0] > cold[0, 0, 0, 0]  # red is hot
+    labels = torch.randint(0, 9, (2, 8, 9))
+    solid = maths.paint(image, labels, 1.0)
+    for label in range(9):
+        colour = maths.COLOURS[0 if label == 0 else (label - 1) % 7 + 1]
+        torch.testing.assert_close(solid[labels == label], torch.tensor(colour).expand(int((labels == label).sum()), 3))
