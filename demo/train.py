@@ -444,8 +444,8 @@ def main(argv: list[str]) -> int:
 
     parser = argparse.ArgumentParser(prog="run.py train", description=__doc__)
     parser.add_argument("--autoencoder-minutes", type=float, default=25)
-    parser.add_argument("--text-minutes", type=float, default=5)
-    parser.add_argument("--denoiser-minutes", type=float, default=150)
+    parser.add_argument("--text-minutes", type=float, default=11)
+    parser.add_argument("--denoiser-minutes", type=float, default=80)
     parser.add_argument("--pool", type=int, default=60_000, help="pictures encoded for the last two stages")
     parser.add_argument(
         "--continue",

@@ -6,11 +6,23 @@ from comfy_api.latest import ComfyExtension, io
 
 from .demo import AttuneDemoModel
 from .heads import AttuneHeads
+from .maps import AttuneAttentionMaps, AttuneSegmentation, AttuneShowMaps
+from .scfg import AttuneSemanticCFG
 from .softpag import AttuneSoftPAG
+from .words import AttuneWords
 
 
 class Attune(ComfyExtension):
     """All nodes of the pack."""
 
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
-        return [AttuneDemoModel, AttuneHeads, AttuneSoftPAG]
+        return [
+            AttuneAttentionMaps,
+            AttuneDemoModel,
+            AttuneHeads,
+            AttuneSegmentation,
+            AttuneSemanticCFG,
+            AttuneShowMaps,
+            AttuneSoftPAG,
+            AttuneWords,
+        ]

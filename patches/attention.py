@@ -272,6 +272,7 @@ class Forward:
         self.name = self.kind = ""
         self.seen = 0
         self.shape: list[int] = []
+        self.words = 0  # text tokens of FLUX; other packs may put tokens of their own before the prompt's
         self.busy = False
 
     @contextlib.contextmanager
@@ -285,6 +286,8 @@ class Forward:
             for site in self.by_name.values():
                 block = getattr(self.model, site.block[0])[site.block[1]]
                 handles.append(block.register_forward_pre_hook(self._marker(site.name), with_kwargs=True))
+            patches = dict(self.options.get("patches", {}))
+            self.options["patches"] = {**patches, "post_input": [*patches.get("post_input", ()), self._count_words]}
         try:
             yield
         finally:
@@ -293,11 +296,17 @@ class Forward:
 
     # --- which call is this? ---
 
-    def _marker(self, name: str) -> Callable[..., None]:
-        def mark(module: nn.Module, args: Any, kwargs: Any) -> None:
+    def _marker(self, name: str) -> Callable[..., Any]:
+        def mark(module: nn.Module, args: Any, kwargs: Any) -> Any:
             self.name, self.seen = name, 0
+            # SD3's blocks checkpoint themselves under gradients; run again, they would count our calls twice.
+            return (args, {**kwargs, "use_checkpoint": False}) if self.family == "sd3" else None
 
         return mark
+
+    def _count_words(self, args: dict[str, Any]) -> dict[str, Any]:
+        self.words = args["txt"].shape[1]
+        return args
 
     def _mark_unet(self) -> None:
         """UNet blocks say where they are in ``attn*_patch``; blocks that a ``patches_replace`` owns are met around the owner."""
@@ -375,9 +384,11 @@ class Forward:
             height, width = ((n + patch - 1) // patch for n in self.x.shape[-2:])
             count = height * width
             words = keys - count if self.kind == "joint" else 0  # text comes first; reference pictures come after the image
+            prompt = words
             if self.family == "flux" and self.context is not None:
-                words = self.context.shape[1]
-            image, text = slice(words, words + count), slice(0, words)
+                prompt = self.context.shape[1]
+                words = self.words or prompt
+            image, text = slice(words, words + count), slice(words - prompt, words)
         chunks = tuple(options.get("cond_or_uncond") or (0,))
         run: Run | None = options.get(RUN)
         return Call(
@@ -487,7 +498,7 @@ def _serve(call: Call, todo: list[Request], tensors: Tensors, kernel: Kernel) ->
         out = _shared(tensors, source)
     else:
         out = tensors.open(kernel(*tensors.given))
-    out = _edit_and_read(call, [r for r in todo if r.verb in ("edit", "read")], tensors, q, k, out)
+    out = _edit_and_read(call, [r for r in todo if r.verb in ("edit", "read")], tensors, q, k, out, source)
     for r in blends:
         out = _blend(call, r, tensors, out)
     return tensors.join(out)
@@ -522,7 +533,9 @@ def _shared(tensors: Tensors, source: Tensor) -> Tensor:
     return out
 
 
-def _edit_and_read(call: Call, todo: list[Request], tensors: Tensors, q: Tensor, k: Tensor, out: Tensor) -> Tensor:
+def _edit_and_read(
+    call: Call, todo: list[Request], tensors: Tensors, q: Tensor, k: Tensor, out: Tensor, source: Tensor | None
+) -> Tensor:
     """Compute the needed part of the map once, pass it through the edits, correct the output, and show it to the readers."""
     if not todo:
         return out
@@ -542,7 +555,7 @@ def _edit_and_read(call: Call, todo: list[Request], tensors: Tensors, q: Tensor,
         return torch.tensor(r.columns, device=device, dtype=torch.long) + offset
 
     def weights(rows: Tensor, columns: Tensor, heads: Any = slice(None), mean_heads: bool = False) -> Tensor:
-        mask = tensors.mask(rows, call.image)
+        mask = tensors.mask(rows if source is None else source.to(rows.device)[rows], call.image)
         if mask is not None and mask.shape[1] > 1:
             mask = mask[:, heads]
         image_q = q[rows][:, heads, call.image]

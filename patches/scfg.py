@@ -102,7 +102,7 @@ class _Method:
             return
         self_map = now.waiting.pop(call.site.name, None)
         self.recorder.read_pair(call, weights, self_map)
-        size = tuple(-(-n // self.stride) for n in call.latent)
+        size = (-(-call.latent[0] // self.stride), -(-call.latent[1] // self.stride))
         pictures = call.batch // len(call.chunks)
         for i, (uuid, role) in enumerate(zip(call.uuids, call.chunks, strict=False)):
             if role > 1 or (uuid, call.site.name) in now.seen:  # another pack runs the same conditioning again
@@ -139,8 +139,9 @@ class _Method:
         owner = torch.zeros(best.shape, dtype=torch.int64, device=x.device)
         count = 1  # region 0: where no prompt applies
         for maps, where, weight in self._placed(args["cond"], now, args):
-            top = F.interpolate(maps.amax(dim=1, keepdim=True), size=weight.shape[-2:], mode="nearest")[:, 0] * weight
-            label = maths.enlarge(maths.regions(maps), weight.shape[-2:]) + count
+            size = (weight.shape[-2], weight.shape[-1])
+            top = F.interpolate(maps.amax(dim=1, keepdim=True), size=size, mode="nearest")[:, 0] * weight
+            label = maths.enlarge(maths.regions(maps), size) + count
             count += maps.shape[1]
             wins = (top > best[where]) & (weight > 0)
             owner[where] = torch.where(wins, label, owner[where])
@@ -177,7 +178,7 @@ class _Method:
             if part is None:
                 continue
             height, width, y, x = part.area if part.area is not None else (*args["input"].shape[-2:], 0, 0)
-            where = (slice(None), slice(y, y + height), slice(x, x + width))
+            where: tuple[slice, ...] = (slice(None), slice(y, y + height), slice(x, x + width))
             out.append((now.maps[cond["uuid"]].mean, where, part.mult[:, 0].float()))
         return out
 

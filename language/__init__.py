@@ -1,0 +1,1 @@
+"""Prompts as words: which token columns each word has, and which words are nouns."""

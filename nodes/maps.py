@@ -1,0 +1,154 @@
+"""Attention maps to look at and to use: capture, show, segment."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..patches import maps as patches
+from ..patches.attention import model_sites
+from ..patches.sites import select
+from . import pictures
+from .words import AttuneWordsType
+
+AttuneMapsType = io.Custom("ATTUNE_MAPS")
+
+
+class AttuneAttentionMaps(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AttuneAttentionMaps",
+            display_name="Capture Attention Maps",
+            category="Attune",
+            description="Keeps what the model attends to while it samples, and nothing else: the picture stays the same to the last bit. "
+            "Look at it with Show Attention Maps, or cut it into masks with Attention Segmentation.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to listen to; connect the output to the sampler."),
+                io.String.Input(
+                    "layers",
+                    default="auto",
+                    tooltip="auto: the layers that show objects best (a quarter and an eighth of the latent's size; in SD3 and FLUX three "
+                    "layers around the middle). Or a site selection as in Select Heads: “output.*.*”, “joint.8-12”, “L8 L9”.",
+                ),
+                io.Combo.Input(
+                    "kind",
+                    options=list(patches.KINDS),
+                    default="both",
+                    tooltip="cross: which pixels look at which word. self: which pixels look at each other. Segmentation is sharper with both.",
+                ),
+                io.Combo.Input(
+                    "steps",
+                    options=list(patches.STEPS),
+                    default="mean",
+                    tooltip="mean: the average of all steps, in the room of one. last: the last step only. The others keep single steps.",
+                ),
+                io.Combo.Input(
+                    "precision",
+                    options=list(patches.PRECISIONS),
+                    default="fp16",
+                    tooltip="How finely the maps are stored; fp16 takes half the room and looks the same.",
+                ),
+                io.Combo.Input(
+                    "keep_on",
+                    options=["device", "cpu"],
+                    default="device",
+                    tooltip="device: stay where the model runs (fast). cpu: move to main memory at once (saves VRAM, a little slower).",
+                ),
+                io.Int.Input(
+                    "limit_mb",
+                    default=1024,
+                    min=1,
+                    max=65536,
+                    tooltip="Sampling stops with an error at its very first step if the maps would take more room than this.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(display_name="model", tooltip="Connect it to the sampler."),
+                AttuneMapsType.Output(display_name="maps", tooltip="The maps, filled when the sampler runs."),
+            ],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, layers, kind, steps, precision, keep_on, limit_mb) -> io.NodeOutput:
+        heads = None
+        if layers.strip() not in ("", "auto"):
+            family, sites = model_sites(model)
+            heads = select(layers, sites, family)
+        node = cls.hidden.unique_id
+        return io.NodeOutput(*patches.apply(model, heads, kind, steps, precision, keep_on, limit_mb, node))
+
+
+class AttuneShowMaps(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AttuneShowMaps",
+            display_name="Show Attention Maps",
+            category="Attune",
+            description="Paints where the model saw each word, as heat over the picture, and gives the same as soft masks.",
+            inputs=[
+                AttuneMapsType.Input("maps", tooltip="From Capture Attention Maps or Semantic-aware CFG."),
+                AttuneWordsType.Input(
+                    "words", tooltip="Which words to show: from Prompt Words, with the prompt that is sampled."
+                ),
+                io.Image.Input("image", tooltip="The picture that the sampler made with these maps, from VAE Decode."),
+                io.Combo.Input(
+                    "view",
+                    options=list(pictures.VIEWS),
+                    default="mean",
+                    tooltip="mean: one picture per word. The others add one row per layer, per head or per kept step.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="A labelled grid of heat maps, one grid per picture."),
+                io.Mask.Output(
+                    display_name="masks",
+                    tooltip="Soft masks at the picture's size, 0 to 1: the first word's for every picture, then the second word's, …",
+                ),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+        )
+
+    @classmethod
+    def execute(cls, maps, words, image, view) -> io.NodeOutput:
+        record = maps.record(cls.hidden.prompt, cls.hidden.unique_id)
+        return io.NodeOutput(*pictures.show(record, words, image, view))
+
+
+class AttuneSegmentation(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AttuneSegmentation",
+            display_name="Attention Segmentation",
+            category="Attune",
+            description="Cuts the picture into the regions of its words, from the model's own attention: masks for inpainting, noise "
+            "masks and compositing, without another model.",
+            inputs=[
+                AttuneMapsType.Input(
+                    "maps", tooltip="From Capture Attention Maps (kind both is sharpest) or Semantic-aware CFG."
+                ),
+                io.Image.Input("image", tooltip="The picture that the sampler made with these maps, from VAE Decode."),
+                AttuneWordsType.Input(
+                    "words",
+                    optional=True,
+                    tooltip="Which words compete for pixels, from Prompt Words; whole phrases (“red star”) work best. Left open: only "
+                    "foreground and background.",
+                ),
+            ],
+            outputs=[
+                io.Image.Output(display_name="image", tooltip="The regions in colour over the picture, with a legend."),
+                io.Mask.Output(
+                    display_name="masks",
+                    tooltip="Hard masks at the picture's size: the first word's for every picture, then the second word's, …",
+                ),
+                io.Mask.Output(display_name="foreground", tooltip="Everything that is not background, one mask per picture."),
+            ],
+            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+        )
+
+    @classmethod
+    def execute(cls, maps, image, words=None) -> io.NodeOutput:
+        record = maps.record(cls.hidden.prompt, cls.hidden.unique_id)
+        return io.NodeOutput(*pictures.segmentation(record, words, image))

@@ -1,0 +1,45 @@
+"""Prompt Words: which tokens of a prompt belong to which words."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..language.words import prompt_words
+
+AttuneWordsType = io.Custom("ATTUNE_WORDS")
+
+
+class AttuneWords(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AttuneWords",
+            display_name="Prompt Words",
+            category="Attune",
+            description="Choose words of a prompt, for Attune nodes that look at or change what single words do to the picture. "
+            "For SD1.5, SD2, SDXL, SD3 and FLUX.",
+            inputs=[
+                io.Clip.Input("clip", tooltip="The CLIP that also goes to CLIP Text Encode: it decides how the prompt is cut."),
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    tooltip="The prompt, exactly as in CLIP Text Encode, with its (weights:1.2), \\( escapes \\) and embedding:names. "
+                    "Best connect one text to both nodes.",
+                ),
+                io.String.Input(
+                    "words",
+                    default="",
+                    tooltip="Words or phrases of the prompt, separated by commas: “cat, red car”. Each is found everywhere it "
+                    "occurs; capitals and weights do not matter. Left empty: every noun of the prompt (in English).",
+                ),
+            ],
+            outputs=[
+                AttuneWordsType.Output(display_name="words", tooltip="The chosen words and where they are in the prompt."),
+                io.String.Output(display_name="summary", tooltip="What was found: each word and its token columns."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, clip, text, words="") -> io.NodeOutput:
+        found = prompt_words(clip, text, words)
+        return io.NodeOutput(found, found.summary)
