@@ -38,12 +38,11 @@ def measure(captions: list[world.Caption], seed: int, cfg: float, steps: int, ba
         drawn = list(zip(evaluator.read(reader, pictures), evaluator.regions(reader, pictures), strict=True))
         for name, powers in POWERS.items():
             tokens = maps.token_maps(record, None, powers, 0.5)
-            background = maps.start_column(record, tokens.shape[1])
             for i, (caption, (reading, areas)) in enumerate(zip(part, drawn, strict=True)):
                 nouns = list(dict.fromkeys(t.noun for t in caption.things))
                 chosen = prompt_words(clip, caption.text, ", ".join(nouns))
                 columns = [p.columns for p in chosen.phrases]
-                labels = maths.segment(tokens[i : i + 1], columns, (pictures.shape[1], pictures.shape[2]), background)[0]
+                labels = maths.segment(tokens[i : i + 1], columns, (pictures.shape[1], pictures.shape[2]))[0]
                 for j, noun in enumerate(nouns, 1):
                     own = [a for t, a in zip(reading.things, areas, strict=True) if t.noun == noun]
                     if own:

@@ -43,14 +43,29 @@ def stretch(maps: Tensor) -> Tensor:
     return (maps - low) / (high - low + TINY)
 
 
-def segment(maps: Tensor, phrases: Sequence[Sequence[int]], size: tuple[int, int], start: int = 0) -> Tensor:
-    """Who owns each pixel: the phrase with the largest renormalised map, or the start token, which is the background.
+def segment(maps: Tensor, phrases: Sequence[Sequence[int]], size: tuple[int, int], threshold: float = 0.5) -> Tensor:
+    """Who owns each pixel: the phrase that stands out most there, or nobody where none is above ``threshold`` of its own range.
+
+    The threshold is Detail++'s mask (arXiv 2507.17853, eq. 3); S-CFG's argmax alone gives every pixel to some word, and words
+    whose attention is even all over take the background.
 
     Returns:
         ``int64 [B, *size]``: 0 background, ``i`` phrase ``i`` (from 1).
     """
-    candidates = torch.cat([maps[:, start : start + 1], phrase_maps(maps, phrases)], dim=1)
-    return resize(candidates, size).argmax(dim=1)
+    most, owner = stretch(resize(phrase_maps(maps, phrases), size)).max(dim=1)
+    return torch.where(most > threshold, owner + 1, 0)
+
+
+def foreground(pair: Tensor, size: tuple[int, int]) -> Tensor:
+    """Where the words together stand out more than the start token: S-CFG's foreground.
+
+    Args:
+        pair: the start token's map and that of all others, ``[B, 2, h, w]`` (`scfg.against_start`).
+
+    Returns:
+        ``int64 [B, *size]``: 0 background, 1 foreground.
+    """
+    return resize(pair, size).argmax(dim=1)
 
 
 def masks(labels: Tensor, count: int) -> Tensor:

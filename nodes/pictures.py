@@ -10,7 +10,7 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ..methods import maps as maths
-from ..patches.maps import Record, start_column, token_maps
+from ..patches.maps import Record, token_maps
 
 VIEWS = ("mean", "per layer", "per head", "per step")
 COMPLETION, SMOOTHING = 4, 0.5  # S-CFG's
@@ -105,10 +105,10 @@ def segmentation(record: Record, words: Any, image: Tensor) -> tuple[Tensor, Ten
     size = (image.shape[1], image.shape[2])
     if words is None:
         tokens, names = token_maps(record, None, COMPLETION, SMOOTHING, against_start=True), ["foreground"]
-        labels = maths.segment(tokens, [[1]], size)
+        labels = maths.foreground(tokens, size)
     else:
         tokens, names = token_maps(record, words.total, COMPLETION, SMOOTHING), [p.text for p in words.phrases]
-        labels = maths.segment(tokens, [p.columns for p in words.phrases], size, start_column(record, words.total))
+        labels = maths.segment(tokens, [p.columns for p in words.phrases], size)
     labels = labels.cpu()
     masks = maths.masks(labels, len(names))
     painted = maths.paint(image, labels)

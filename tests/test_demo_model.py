@@ -107,7 +107,6 @@ def test_the_recorded_figures_hold(found):
         assert abs(share(found, what) - recorded[what]) <= 0.15, what
 
 
-@pytest.mark.xfail(strict=True, reason="the shipped denoiser has not been trained for long enough yet")
 def test_it_draws_what_it_is_asked_for_and_still_mixes_things_up(found):
     assert share(found, "present") >= 0.85
     assert 0.50 <= share(found, "bound") <= 0.90

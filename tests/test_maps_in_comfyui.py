@@ -113,7 +113,7 @@ def test_another_sampler_s_picture_is_refused_by_name(nodes, server):
 
 def test_words_of_another_prompt_are_refused(nodes, server):
     words = number(nodes, "AttuneWords")
-    with pytest.raises(RunError, match="“bench” is not in the prompt. It has these words: .*circle"):
+    with pytest.raises(RunError, match=r"“bench” is not in the prompt. It has these words: .*circle"):
         _run(server, changed(nodes, words, words="bench"))
     long = "a red star and a blue circle " * 20
     with pytest.raises(RunError, match="they are of different prompts"):
@@ -151,8 +151,9 @@ def test_the_report_states_the_bytes_and_the_limit_holds(nodes, server):
             await client.run(prompt)
             return client.said
 
-    # Two layers at 8x8 and three at 4x4 pixels?
-    assert asyncio.run(job()) == [f"{capture}: 0.0 MB"]
+    words = 3 * 256 * 4 * 77 + 6 * 64 * 4 * 77  # sites x pixels x heads x columns, at 16 x 16 and at 8 x 8
+    pixels = 3 * 256 * 256 + 6 * 64 * 64  # heads averaged
+    assert asyncio.run(job()) == [f"{capture}: {2 * (words + pixels) / 2**20:.1f} MB of attention maps (18 maps)"]
     tight = changed(prompt, capture, kind="both", limit_mb=1, steps="every step", precision="fp32")
     tight[number(prompt, "EmptyLatentImage")]["inputs"]["batch_size"] = 8
     with pytest.raises(RunError, match=r"would hold more than \d+ MB for this picture, and the limit is 1 MB"):

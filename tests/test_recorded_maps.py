@@ -186,6 +186,10 @@ def test_segments():
     assert masks.shape == (2, 1, 2, 3) and masks.sum() == 4
     large = maths.segment(maps_, [[1, 2], [3]], (8, 12))
     assert large.shape == (1, 8, 12) and set(large.unique().tolist()) == {0, 1, 2}
+    assert not maths.segment(torch.ones_like(maps_), [[1, 2], [3]], (2, 3)).any()  # even attention is of nothing
+    assert maths.segment(maps_, [[1, 2], [3]], (2, 3), threshold=1.0).eq(0).all()
+    pair = torch.stack([maps_[:, 0], maps_[:, 1]], dim=1)
+    assert maths.foreground(pair, (2, 3)).tolist() == [[[1, 1, 1], [0, 0, 0]]]
 
 
 def test_heat_and_paint():
