@@ -1,0 +1,67 @@
+"""Decompose Prompt: a prompt as a simple base and sub-prompts that add details."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..language.decompose import GRANULARITIES, ORDERS, decompose
+
+AttuneBranchesType = io.Custom("ATTUNE_BRANCHES")
+
+
+class AttuneDecompose(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AttuneDecompose",
+            display_name="Decompose Prompt",
+            category="Attune",
+            description="Takes a prompt apart for Detail++: a base without modifiers, and sub-prompts that each add details to one "
+            "noun. English; or write the sub-prompts yourself.",
+            inputs=[
+                io.String.Input(
+                    "text",
+                    multiline=True,
+                    tooltip="The prompt. (weights:1.2), \\( escapes \\) and embedding:names are kept in the branches.",
+                ),
+                io.Combo.Input(
+                    "granularity",
+                    options=list(GRANULARITIES),
+                    default="attribute",
+                    tooltip="attribute: a branch for every detail (“red”, “with sunglasses”). subject: one for all details of a "
+                    "noun, which needs fewer branches.",
+                ),
+                io.Combo.Input(
+                    "order",
+                    options=list(ORDERS),
+                    default="simple first",
+                    tooltip="Which details are added first: those of few words or those of many. Equal ones come as in the prompt.",
+                ),
+                io.Boolean.Input(
+                    "remove_then_add",
+                    default=True,
+                    tooltip="On, as in the paper: the whole prompt is the base and gives the layout; the next branch removes all "
+                    "details, the others add them. Off: the prompt without details is the base.",
+                ),
+                io.String.Input(
+                    "manual",
+                    default="",
+                    multiline=True,
+                    tooltip="Your own sub-prompts, one a line: “dog | a red dog and a cat”. “*” in place of the noun is the whole "
+                    "picture, “car #2” the second car. Empty: the prompt is taken apart automatically (needs spaCy).",
+                ),
+            ],
+            outputs=[
+                AttuneBranchesType.Output(
+                    display_name="branches", tooltip="The base and the sub-prompts, each with its nouns."
+                ),
+                io.String.Output(
+                    display_name="summary", tooltip="The branches to read; all but the base are written as manual takes them."
+                ),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, text, granularity="attribute", order="simple first", remove_then_add=True, manual="") -> io.NodeOutput:
+        found = decompose(text, granularity, order, remove_then_add, manual)
+        return io.NodeOutput(found, found.summary)
