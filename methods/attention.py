@@ -36,7 +36,7 @@ def _mask_rows(mask: Tensor | None, rows: slice) -> Tensor | None:
 def probabilities(
     q: Tensor,
     k: Tensor,
-    columns: Tensor | None = None,
+    columns: Tensor | slice | None = None,
     scale: float | None = None,
     mask: Tensor | None = None,
     mean_heads: bool = False,
@@ -46,7 +46,7 @@ def probabilities(
     Args:
         q: queries ``[B, H, M, d]``.
         k: keys ``[B, H, N, d]``.
-        columns: key indices ``[T]``; ``None`` is every key.
+        columns: key indices ``[T]``, or a slice of them; ``None`` is every key.
         scale: factor on ``QKᵀ``; ``None`` is ``1/√d``.
         mask: additive or boolean, broadcastable to ``[B, H, M, N]``.
         mean_heads: average over heads block by block, so that single heads are never stored.

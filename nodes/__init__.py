@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .decompose import AttuneDecompose
 from .demo import AttuneDemoModel
 from .heads import AttuneHeads
 from .maps import AttuneAttentionMaps, AttuneSegmentation, AttuneShowMaps
+from .regulation import AttuneRegulation
+from .scb import AttuneSCBPrompts
 from .scfg import AttuneSemanticCFG
 from .softpag import AttuneSoftPAG
 from .words import AttuneWords
@@ -18,8 +21,11 @@ class Attune(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             AttuneAttentionMaps,
+            AttuneDecompose,
             AttuneDemoModel,
             AttuneHeads,
+            AttuneRegulation,
+            AttuneSCBPrompts,
             AttuneSegmentation,
             AttuneSemanticCFG,
             AttuneShowMaps,

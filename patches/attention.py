@@ -19,8 +19,8 @@ every span, goes straight to ComfyUI. State lives in a `Run`, born when sampling
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any, TypeAlias
 
@@ -68,8 +68,10 @@ class Request:
         where: ``{(site, kind): heads}``; heads ``None`` is all of them.
         act: called at every such attention call, with rows ``R``, chosen heads ``h``, image queries ``M``, columns ``T``:
 
-            - share: ``act(call) -> source [B]``, for every row of the batch the row whose q and k it uses;
-            - edit: ``act(call, weights [R, H, M, T]) -> (new weights, factor [R, H, M, 1] on all other columns or None)``;
+            - share: ``act(call) -> source [B]``, for every row of the batch the row whose q and k it uses (or a `Source`); in a UNet's
+              self-attention, q and k that no row uses are then not computed;
+            - edit: ``act(call, weights [R, H, M, T]) -> (new weights, factor [R, H, M, 1] on all other columns or None)``, or None to
+              leave them as they are;
             - read: ``act(call, weights [R, h, M, T])``, or ``[R, M, T]`` with ``mean_heads``;
             - blend: ``act(call, out [R, h, M, d], value [R, h, N, d]) -> out``; ``N`` is ``M`` in self and joint attention.
         rows: ``cond``, ``uncond``, ``all``, or the number of one perturbation of our own perturbed pass (which may come in any
@@ -77,6 +79,9 @@ class Request:
         span: when.
         columns: key columns ``[T]`` to edit or read: text columns in cross and joint attention, pixels in self-attention;
             ``None`` is all of them, `PIXELS` all image tokens of joint attention.
+        period: tokens of the prompt that ``columns`` belong to. ComfyUI repeats a short prompt that shares a batch with a longer one,
+            so a column's weight may be spread over copies: with a period, ``act`` gets their sum, and new weights are spread over them
+            again. A call whose columns are not a multiple of it is of another prompt and is left alone.
         mean_heads: read the mean over heads only, which never stores single heads.
         covers: the blend does not use ``out``: the kernel may be spared where every row and head is covered.
     """
@@ -89,10 +94,28 @@ class Request:
     columns: tuple[int, ...] | str | None = None
     mean_heads: bool = False
     covers: bool = False
+    period: int | None = None
 
     def __post_init__(self) -> None:
         if self.verb not in VERBS:
             raise ValueError(f"verb must be one of {', '.join(VERBS)}, not {self.verb!r}")
+
+
+@dataclass(frozen=True)
+class Source:
+    """What a ``share`` may answer in place of row numbers, where a batch comes in several forwards.
+
+    Attributes:
+        rows: for every row of the batch the row whose q and k it uses; ``batch + i`` is row ``i`` of ``kept``.
+        kept: q and k ``[G, H, M or N, d]`` of an earlier forward.
+        keep: rows of this batch whose q and k the listener is given, as ``kept`` of a later forward.
+        listener: ``listener(q, k)``.
+    """
+
+    rows: Sequence[int]
+    kept: tuple[Tensor, Tensor] | None = None
+    keep: tuple[int, ...] = ()
+    listener: Callable[[Tensor, Tensor], None] | None = None
 
 
 @dataclass
@@ -100,7 +123,7 @@ class Run:
     """What lives while one sampling run lasts: recorded prefixes and every method's own state.
 
     ``conds`` are the guider's conditionings by role, ``sites`` the places of the models met so far; ``finished`` is called, in
-    order, after a run that came to its end.
+    order, after a run that came to its end; ``seed`` is the sampler's, or None where it has none.
     """
 
     conds: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -108,6 +131,7 @@ class Run:
     prefixes: reuse.Prefixes = field(default_factory=reuse.Prefixes)
     state: dict[Any, Any] = field(default_factory=dict)
     finished: list[Callable[[], None]] = field(default_factory=list)
+    seed: int | None = None
 
 
 @dataclass(frozen=True)
@@ -211,7 +235,8 @@ def model_sites(model: ModelPatcher) -> tuple[str, tuple[Site, ...]]:
 
 def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """OUTER_SAMPLE: give the run its state; the guider drops these options when the run ends, whatever ends it."""
-    run = Run(getattr(executor.class_obj, "conds", {}))
+    seed = kwargs.get("seed", args[7] if len(args) > 7 else None)
+    run = Run(getattr(executor.class_obj, "conds", {}), seed=seed)
     executor.class_obj.model_options.setdefault("transformer_options", {})[RUN] = run
     out = executor(*args, **kwargs)
     for publish in run.finished:
@@ -274,6 +299,7 @@ class Forward:
         self.shape: list[int] = []
         self.words = 0  # text tokens of FLUX; other packs may put tokens of their own before the prompt's
         self.busy = False
+        self.shares: Shares | None = None  # of the call that comes next, where its q and k are already fewer
 
     @contextlib.contextmanager
     def installed(self) -> Iterator[None]:
@@ -314,6 +340,8 @@ class Forward:
         def mark(kind: str) -> Callable[..., Any]:
             def patch(n: Tensor, context: Any, value: Any, extra: dict[str, Any]) -> Any:
                 self._locate(kind, extra)
+                if kind == "self":
+                    n, context = self._needed(n, context, extra)
                 return n, context, value
 
             return patch
@@ -325,6 +353,22 @@ class Forward:
             for key, owner in replaced.get(name, {}).items():
                 replaced[name][key] = self._around(kind, owner)
         self.options["patches"], self.options["patches_replace"] = patches, replaced
+
+    def _needed(self, n: Tensor, context: Tensor, extra: dict[str, Any]) -> tuple[Tensor, Tensor]:
+        """The rows of self-attention's input whose q and k are used: where rows share a map, only those it comes from."""
+        self.shares = None
+        todo = self.by_place.get((self.name, "self"), [])
+        block = extra.get("block") or ("", 0)
+        owners = self.options["patches_replace"].get("attn1", {})
+        owned = block in owners or (*block, extra.get("block_index", 0)) in owners  # it expects every row
+        if owned or n.shape[0] != context.shape[0] or not any(r.verb == "share" for r in todo):
+            return n, context
+        shares = Shares.of(self._call(n.shape[0], n.shape[1], context.shape[1]), todo)
+        if shares is None or len(shares.needed) == n.shape[0]:
+            return n, context
+        self.shares = replace(shares, own=shares.needed)
+        which = _places(shares.needed, n.device)
+        return n[which], context[which]
 
     def _locate(self, kind: str, extra: dict[str, Any]) -> None:
         block = extra.get("block") or ("", 0)
@@ -422,10 +466,11 @@ class Forward:
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int, kernel: Kernel, settings: dict[str, Any]) -> Tensor:
         todo = self.by_place[self.name, self.kind]
         tensors = Tensors(q, k, v, heads, settings)
-        call = self._call(q.shape[0], tensors.q.shape[2], tensors.k.shape[2])
+        call = self._call(v.shape[0], tensors.q.shape[2], tensors.k.shape[2])
+        shares, self.shares = self.shares, None
         self.busy = True
         try:
-            return _serve(call, todo, tensors, kernel)
+            return _serve(call, todo, tensors, kernel, shares)
         finally:
             self.busy = False
             if self.family == "unet":
@@ -483,22 +528,80 @@ class Tensors:
         return out.view(out.shape[0], out.shape[1], self.heads, -1).transpose(1, 2)
 
 
-def _serve(call: Call, todo: list[Request], tensors: Tensors, kernel: Kernel) -> Tensor:
-    q, k = tensors.q, tensors.k
-    source = None
-    for r in todo:
-        if r.verb == "share":
-            source = r.act(call) if source is None else source[r.act(call)]
-    if source is not None:
-        q, k = q[source], k[source]
+@dataclass(frozen=True)
+class Shares:
+    """Whose q and k every row of a call uses, after all of its ``share`` requests.
+
+    Attributes:
+        rows: numbers as in `Source.rows`.
+        own: the rows of the batch that the call's q and k are of; the rest were not computed.
+        kept: q and k from earlier forwards, numbered on from the batch.
+        answers: what the requests said.
+    """
+
+    rows: list[int]
+    own: list[int]
+    kept: tuple[tuple[Tensor, Tensor], ...]
+    answers: tuple[Source, ...]
+
+    @classmethod
+    def of(cls, call: Call, todo: Sequence[Request]) -> Shares | None:
+        """Ask the requests of a call; None where there are none."""
+        rows, kept, answers = list(range(call.batch)), [], []
+        total = call.batch
+        for r in todo:
+            if r.verb != "share":
+                continue
+            answer = r.act(call)
+            if not isinstance(answer, Source):
+                answer = Source(answer.tolist() if isinstance(answer, Tensor) else answer)
+            rows = [rows[s] if s < call.batch else s - call.batch + total for s in answer.rows]
+            if answer.kept is not None:
+                kept.append(answer.kept)
+                total += len(answer.kept[0])
+            answers.append(answer)
+        return cls(rows, list(range(call.batch)), tuple(kept), tuple(answers)) if answers else None
+
+    @cached_property
+    def needed(self) -> list[int]:
+        """The rows of the batch whose own q and k somebody uses."""
+        asked = {row for answer in self.answers for row in answer.keep}
+        return sorted(asked | {s for s in self.rows if s < len(self.rows)})
+
+    def gather(self, tensors: Tensors) -> tuple[Tensor, Tensor, list[int]]:
+        """All q and k that there are, and each row's place among them; listeners get what they asked for."""
+        place = {row: i for i, row in enumerate(self.own)}
+        q, k = tensors.q, tensors.k
+        for answer in self.answers:
+            if answer.listener is not None:
+                which = _places([place[row] for row in answer.keep], q.device)
+                answer.listener(q[which].clone(), k[which].clone())
+        if self.kept:
+            q, k = (torch.cat([own, *more]) for own, more in zip((q, k), zip(*self.kept, strict=True), strict=True))
+        batch = len(self.rows)
+        return q, k, [place[s] if s < batch else len(self.own) + s - batch for s in self.rows]
+
+
+def _serve(call: Call, todo: list[Request], tensors: Tensors, kernel: Kernel, shares: Shares | None = None) -> Tensor:
+    shares = Shares.of(call, todo) if shares is None else shares
     blends = [r for r in todo if r.verb == "blend"]
-    if _covered(call, blends, tensors.heads):
+    small = [r for r in todo if r.verb in ("edit", "read")]
+    covered = _covered(call, blends, tensors.heads)
+    q, k, source = tensors.q, tensors.k, None
+    if shares is not None:
+        all_q, all_k, places = shares.gather(tensors)
+        if small or covered:
+            which = _places(places, q.device)
+            q, k = all_q[which], all_k[which]
+        # The mask's rows are the batch's; a map from another forward takes the row's own.
+        source = torch.tensor([s if s < call.batch else row for row, s in enumerate(shares.rows)])
+    if covered:
         out = torch.empty_like(q)
-    elif source is not None:
-        out = _shared(tensors, source)
+    elif shares is not None and source is not None:
+        out = _shared(tensors, shares, all_q, all_k, places, source, kernel)
     else:
         out = tensors.open(kernel(*tensors.given))
-    out = _edit_and_read(call, [r for r in todo if r.verb in ("edit", "read")], tensors, q, k, out, source)
+    out = _edit_and_read(call, small, tensors, q, k, out, source)
     for r in blends:
         out = _blend(call, r, tensors, out)
     return tensors.join(out)
@@ -518,110 +621,179 @@ def _covered(call: Call, blends: list[Request], heads: int) -> bool:
     return bool(covered.all())
 
 
-def _shared(tensors: Tensors, source: Tensor) -> Tensor:
-    """Rows that use the same map attend once, with their values side by side."""
-    out = torch.empty_like(tensors.q)
-    parts: dict[int, list[int]] = {}
-    for row, origin in enumerate(source.tolist()):
-        parts.setdefault(origin, []).append(row)
-    everything = slice(None)
-    for origin, rows in parts.items():
-        one = slice(origin, origin + 1)
-        mask = tensors.mask(one, everything)
-        part = maths.shared(tensors.q[one], tensors.k[one], tensors.v[rows], tensors.scale, mask)
-        out = out.index_copy(0, torch.tensor(rows, device=out.device), part)
-    return out
+def _shared(
+    tensors: Tensors, shares: Shares, q: Tensor, k: Tensor, places: list[int], source: Tensor, kernel: Kernel
+) -> Tensor:
+    """Rows that use the same map attend once, with their values side by side; rows with a map to themselves all at once.
+
+    Args:
+        q, k: all that there are ``[G, H, M or N, d]``.
+        places: each row's among them.
+        source: the row whose mask each row takes.
+    """
+    device = q.device
+    groups: dict[int, list[int]] = {}
+    for row, place in enumerate(places):
+        groups.setdefault(place, []).append(row)
+    alone = [rows[0] for rows in groups.values() if len(rows) == 1 and shares.rows[rows[0]] == rows[0]]
+    if tensors.settings.get("mask") is not None:
+        alone = []
+    order, parts = [*alone], []
+    if alone:
+        here, rows = _places([places[row] for row in alone], device), _places(alone, device)
+        given = tensors.given
+        parts.append(tensors.open(kernel(given[0][here], given[1][here], given[2][rows])))
+    for place, members in groups.items():
+        if members[0] in alone:
+            continue
+        one = slice(place, place + 1)
+        mask = tensors.mask(source[members[:1]], slice(None))
+        parts.append(maths.shared(q[one], k[one], tensors.v[_places(members, device)], tensors.scale, mask))
+        order += members
+    out = torch.cat(parts) if len(parts) > 1 else parts[0]
+    back = [0] * len(order)
+    for i, row in enumerate(order):
+        back[row] = i
+    return out[_places(back, device)]
 
 
 def _edit_and_read(
     call: Call, todo: list[Request], tensors: Tensors, q: Tensor, k: Tensor, out: Tensor, source: Tensor | None
 ) -> Tensor:
-    """Compute the needed part of the map once, pass it through the edits, correct the output, and show it to the readers."""
-    if not todo:
-        return out
-    device = out.device
-    every_row = torch.arange(call.batch, device=device)
+    """Compute the needed part of the map once, pass it through the edits, correct the output, and show it to the readers.
+
+    Which rows and columns is worked out in plain numbers, which never wait for the device, and most are neighbours: a view.
+    """
     keys = k.shape[2]
     offset = call.text.start if call.kind != "self" else 0
     count = (call.text.stop - call.text.start) if call.kind != "self" else keys
+    todo = [r for r in todo if (r.period is None or count % r.period == 0) and call.rows(r.rows) != []]
+    if not todo:
+        return out
+    device = out.device
 
-    def columns_of(r: Request) -> Tensor:
+    def rows_of(r: Request) -> Sequence[int]:
+        rows = call.rows(r.rows)
+        return range(call.batch)[rows] if isinstance(rows, slice) else rows
+
+    def columns_of(r: Request) -> Sequence[int]:
+        """Keys of a request's columns; with a period, all columns of the prompt's first copy before those of its second."""
         if isinstance(r.columns, str):
-            return torch.arange(call.image.start, call.image.stop, device=device)
+            return range(call.image.start, call.image.stop)
         if r.columns is None:
-            return torch.arange(count, device=device) + offset
-        if r.columns and max(r.columns) >= count:
+            return range(offset, offset + count)
+        if r.columns and max(r.columns) >= (r.period or count):
             raise ValueError(f"text column {max(r.columns)} does not exist at {call.site.name}: the prompt has {count} columns")
-        return torch.tensor(r.columns, device=device, dtype=torch.long) + offset
+        return [offset + copy + c for copy in range(0, count, r.period or count) for c in r.columns]
 
-    def weights(rows: Tensor, columns: Tensor, heads: Any = slice(None), mean_heads: bool = False) -> Tensor:
-        mask = tensors.mask(rows if source is None else source.to(rows.device)[rows], call.image)
+    def weights(rows: Sequence[int], columns: Sequence[int], heads: Any = slice(None), mean_heads: bool = False) -> Tensor:
+        which = _places(rows, device)
+        mask = tensors.mask(which if source is None else source.to(device)[which], call.image)
         if mask is not None and mask.shape[1] > 1:
             mask = mask[:, heads]
-        image_q = q[rows][:, heads, call.image]
-        return maths.probabilities(image_q, k[rows][:, heads], columns, tensors.scale, mask, mean_heads)
+        image_q = q[which][:, heads, call.image]
+        return maths.probabilities(image_q, k[which][:, heads], _places(columns, device), tensors.scale, mask, mean_heads)
 
     edits = [r for r in todo if r.verb == "edit"]
-    edited_rows = torch.zeros(call.batch, dtype=torch.bool, device=device)
-    union = before = after = rest = torch.empty(0)
+    chosen: dict[int, int] = {}  # edited rows, and the columns that are looked at: their places in the tensors that follow
+    union: dict[int, int] = {}
+    before = after = rest = torch.empty(0)
+    changes = False
     if edits:
-        for r in edits:
-            edited_rows[call.rows(r.rows)] = True
-        chosen = every_row[edited_rows]
-        union = torch.cat([columns_of(r) for r in todo if r.verb == "edit" or r.columns is not None]).unique()
-        before = after = weights(chosen, union)
+        chosen = {row: i for i, row in enumerate(sorted({row for r in edits for row in rows_of(r)}))}
+        looked_at = {c for r in todo if r.verb == "edit" or r.columns is not None for c in columns_of(r)}
+        union = {c: i for i, c in enumerate(sorted(looked_at))}
+        before = after = weights(list(chosen), list(union))
         rest = torch.ones_like(before[..., :1])
         for r in edits:
-            rows = torch.searchsorted(chosen, every_row[call.rows(r.rows)])
-            if not len(rows):
+            rows = _places([chosen[row] for row in rows_of(r)], device)
+            places = _places([union[c] for c in columns_of(r)], device)
+            given = after[rows][..., places]
+            folded = _folded(given, r, count)
+            edited = r.act(call, folded)
+            if edited is None:
                 continue
-            places = torch.searchsorted(union, columns_of(r))
-            new, factor = r.act(call, after[rows][..., places])
+            changes = True
+            new, factor = edited
+            copies = given.shape[-1] // folded.shape[-1]
+            if copies > 1:  # each takes its part of the change
+                new = given + ((new - folded) / copies).repeat(1, 1, 1, copies)
             heads = r.where[call.site.name, call.kind]
             if heads is not None:  # the other heads stay
                 keep = torch.ones(tensors.heads, dtype=torch.bool, device=device)
                 keep[list(heads)] = False
-                new = torch.where(keep[:, None, None], after[rows][..., places], new)
+                new = torch.where(keep[:, None, None], given, new)
                 factor = None if factor is None else torch.where(keep[:, None, None], torch.ones_like(factor), factor)
-            changed = after[rows]
             if factor is not None:
-                changed = changed * factor
-                rest = rest.index_copy(0, rows, rest[rows] * factor)
-            after = after.index_copy(0, rows, changed.index_copy(-1, places, new))
-        v = tensors.v[chosen][:, :, union]
-        fixed = maths.recolumn(out[chosen][:, :, call.image], v, before, after, rest)
-        whole = out[chosen]
-        whole = torch.cat([whole[:, :, : call.image.start], fixed, whole[:, :, call.image.stop :]], dim=2)
-        out = out.index_copy(0, chosen, whole)
+                rest = _put(rest, 0, rows, rest[rows] * factor)
+            if not isinstance(places, slice) or places != slice(0, len(union)):
+                others = after[rows] if factor is None else after[rows] * factor
+                new = _put(others, 3, places, new)
+            after = _put(after, 0, rows, new)
+    if changes:
+        which = _places(list(chosen), device)
+        v = tensors.v[which][:, :, _places(list(union), device)]
+        fixed = maths.recolumn(out[which][:, :, call.image], v, before, after, rest)
+        if out.requires_grad or fixed.requires_grad:
+            out = out.clone()
+        out[which, :, call.image] = fixed
 
     for r in todo:
-        rows = every_row[call.rows(r.rows)]
-        if r.verb != "read" or not len(rows):
+        if r.verb != "read":
             continue
         asked = r.where[call.site.name, call.kind]
         read_heads = slice(None) if asked is None else list(asked)
-        columns = columns_of(r)
-        part = weights(rows, columns, read_heads, r.mean_heads and not edits)
+        row_numbers, columns = rows_of(r), columns_of(r)
+        part = weights(row_numbers, columns, read_heads, r.mean_heads and not edits)
         if edits:
-            part = _as_edited(part, rows, columns, read_heads, edited_rows, union, after, rest)
+            part = _as_edited(part, row_numbers, columns, read_heads, chosen, union, after, rest)
             part = part.mean(dim=1) if r.mean_heads else part
-        r.act(call, part)
+        r.act(call, _folded(part, r, count))
     return out
 
 
+def _places(numbers: Sequence[int], device: torch.device) -> Any:
+    """An index for some numbers: a slice where they follow each other, which makes a view and starts nothing on the device."""
+    first = numbers[0] if len(numbers) else 0
+    if isinstance(numbers, range) or list(numbers) == list(range(first, first + len(numbers))):
+        return slice(first, first + len(numbers))
+    return torch.tensor(numbers, device=device)
+
+
+def _put(whole: Tensor, dim: int, places: Any, new: Tensor) -> Tensor:
+    """``whole`` with ``new`` at some places of a dimension."""
+    if not isinstance(places, slice):
+        return whole.index_copy(dim, places, new)
+    if places == slice(0, whole.shape[dim]):
+        return new
+    return whole.slice_scatter(new, dim, places.start, places.stop)
+
+
+def _folded(weights: Tensor, r: Request, count: int) -> Tensor:
+    """Weights of the prompt's columns ``[..., T]``: the sum over the copies of each, where it is there more than once."""
+    if r.period is None or r.period == count or isinstance(r.columns, str):
+        return weights
+    return weights.unflatten(-1, (count // r.period, -1)).sum(dim=-2)
+
+
 def _as_edited(
-    part: Tensor, rows: Tensor, columns: Tensor, heads: Any, edited_rows: Tensor, union: Tensor, after: Tensor, rest: Tensor
+    part: Tensor,
+    rows: Sequence[int],
+    columns: Sequence[int],
+    heads: Any,
+    chosen: Mapping[int, int],
+    union: Mapping[int, int],
+    after: Tensor,
+    rest: Tensor,
 ) -> Tensor:
     """Weights ``[R, h, M, T]`` of some rows and columns after the edits."""
-    chosen = edited_rows.nonzero().flatten()
-    here = edited_rows[rows]
-    places = torch.searchsorted(chosen, rows[here])
-    inside = torch.isin(columns, union)
+    here = _places([i for i, row in enumerate(rows) if row in chosen], part.device)
+    places = _places([chosen[row] for row in rows if row in chosen], part.device)
+    inside = _places([i for i, c in enumerate(columns) if c in union], part.device)
+    edited = _places([union[c] for c in columns if c in union], part.device)
     changed = part[here] * rest[places][:, heads]
-    changed = changed.index_copy(
-        -1, inside.nonzero().flatten(), after[places][:, heads][..., torch.searchsorted(union, columns[inside])]
-    )
-    return part.index_copy(0, here.nonzero().flatten(), changed)
+    changed = _put(changed, 3, inside, after[places][:, heads][..., edited])
+    return _put(part, 0, here, changed)
 
 
 def _blend(call: Call, r: Request, tensors: Tensors, out: Tensor) -> Tensor:

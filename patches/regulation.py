@@ -1,0 +1,211 @@
+"""Attention Regulation on ComfyUI models: one edit of the target words' columns per layer, its state, and the checks before a run."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import comfy.patcher_extension
+import torch
+from torch import Tensor
+
+from ..methods import regulation as maths
+from .attention import COND, Call, ModelPatcher, Request, Span, model_sites, request
+from .maps import auto_sites
+from .sites import Heads, Site, check
+
+if TYPE_CHECKING:
+    from ..language.words import Words
+
+CHUNK = 77  # columns of CLIP that have a start and an end token of their own
+T5 = "t5xxl"  # the text encoder whose columns come after CLIP's
+
+
+@dataclass
+class _Layer:
+    """One layer's edit of one conditioning: the running average, and the sampling step that it is of."""
+
+    step: int | None
+    edit: Tensor  # S_EMA, [T, pictures, H, M]
+
+
+@dataclass(frozen=True)
+class _Method:
+    """The settings, and a key to the state of this one node."""
+
+    targets: tuple[int, ...]  # places among the columns that the hook hands over
+    total: int
+    strength: float
+    iterations: int
+    mass_weight: float
+    deviation_weight: float
+    ema: float
+    decay: float
+    key: object
+
+    def check(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
+        """OUTER_SAMPLE: words of another prompt are an error before the first step."""
+        cond = prompt(getattr(executor.class_obj, "conds", {}))
+        context = None if cond is None else cond.get("cross_attn")
+        if isinstance(context, Tensor) and context.shape[1] != self.total:
+            raise ValueError(
+                f"Attention Regulation: these words are of a prompt with {self.total} token columns, and the sampler's positive prompt "
+                f"has {context.shape[1]}. Connect the same CLIP and the same text to Prompt Words and to CLIP Text Encode; prompts "
+                "that another node has joined or lengthened (Conditioning Concat, a style model) do not fit."
+            )
+        return executor(*args, **kwargs)
+
+    def edit(self, call: Call, weights: Tensor) -> tuple[Tensor, Tensor] | None:
+        """An ``edit`` request: ``[R, H, M, T + restored]`` to the same and the factor on all other columns.
+
+        The restored columns stay as they are.
+        """
+        chunks = [i for i, role in enumerate(call.chunks) if call.perturbed or role == 0]
+        name = self._prompt(call)
+        mine = [n for n, i in enumerate(chunks) if name is None or call.uuids[i : i + 1] == (name,)]
+        if not mine:
+            return None
+        pictures = len(weights) // len(chunks)
+        whole = len(mine) == len(chunks)
+        rows = torch.tensor([n * pictures + i for n in mine for i in range(pictures)], device=weights.device)
+        part = weights if whole else weights[rows]
+        targets = torch.tensor(self.targets, device=weights.device)
+        old = maths.shape(part, targets).unflatten(1, (len(mine), pictures))
+        edit = self._layer(call, name, old[:, 0].detach()) * (self.strength * maths.fading(call.step or 0, self.decay))
+        raised, factor = maths.regulated(old, edit[:, None])
+        raised, factor = raised.flatten(1, 2).permute(1, 2, 3, 0), factor.flatten(0, 1)[..., None]
+        new = part.index_copy(-1, targets, raised)
+        if whole:
+            return new, factor
+        everywhere = torch.ones_like(weights[..., :1])
+        return weights.index_copy(0, rows, new), everywhere.index_copy(0, rows, factor)
+
+    def _layer(self, call: Call, name: Any, old: Tensor) -> Tensor:
+        """``S_EMA [T, pictures, H, M]`` of this layer and step. It moves on once a step, however often the sampler asks."""
+        if call.run is None:
+            return self._solve(call, old)
+        state: dict[Any, Any] = call.run.state.setdefault(self.key, {})
+        place = (call.site.name, name)
+        known: _Layer | None = state.get(place)
+        if known is not None and known.edit.shape != old.shape:  # another size, as in a node that samples in parts
+            known = None
+        if known is None or known.step is None or known.step != call.step:
+            best = self._solve(call, old)
+            known = state[place] = _Layer(call.step, maths.average(None if known is None else known.edit, best, self.ema))
+        return known.edit
+
+    def _solve(self, call: Call, old: Tensor) -> Tensor:
+        state: dict[Any, Any] = {} if call.run is None else call.run.state.setdefault(self.key, {})
+        grid = (call.height, call.width)
+        if grid not in state:
+            state[grid] = maths.problem(grid, len(old), self.mass_weight, self.deviation_weight, old)
+        seed = 0 if call.run is None or call.run.seed is None else call.run.seed
+        pictures, heads = old.shape[1:3]
+        # The same start for every picture, so that one does not depend on its place in the batch.
+        theta = maths.start(len(old), heads, seed + 1_000_003 * call.site.layer + 7_919 * (call.step or 0), old)
+        edit = maths.solve(old.flatten(1, 2), theta.repeat(1, pictures, 1, 1), state[grid], self.iterations)
+        return edit.view(old.shape)
+
+    @staticmethod
+    def _prompt(call: Call) -> Any:
+        """The conditioning that the words belong to, or None outside a run, where every conditional row is edited."""
+        cond = None if call.run is None else prompt(call.run.conds)
+        return None if cond is None else cond.get("uuid")
+
+
+def prompt(conds: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
+    """The conditioning that a run's words belong to: the first positive one for the whole picture, else the first one."""
+    positive = conds.get("positive") or ()
+    return next((c for c in positive if "area" not in c), next(iter(positive), None))
+
+
+def auto_layers(sites: tuple[Site, ...], family: str) -> tuple[Site, ...]:
+    """The last down-sampling and the first up-sampling block with attention to text, with all their layers, as in the paper.
+
+    SD3 and FLUX have no such blocks: three layers around the middle, as for the maps, which is beyond the paper.
+
+    Raises:
+        ValueError: for a model without attention to text.
+    """
+    with_text = [s for s in sites if "cross" in s.kinds]
+    if family != "unet" or not with_text:
+        return auto_sites(sites, family)
+    down = [s for s in with_text if s.name.startswith("input.")]
+    up = [s for s in with_text if s.name.startswith("output.")]
+    chosen = [s for s in down if s.stride == down[-1].stride] + [s for s in up if s.stride == up[0].stride]
+    return tuple(chosen or with_text)
+
+
+def start_and_end(words: Words) -> tuple[int, ...]:
+    """Columns of the start and end tokens: of every chunk of CLIP, and the end token of T5, which has no start."""
+    content = words.content
+    clip = words.total - words.counts.get(T5, 0)
+    out = []
+    for start in range(0, clip, CHUNK):
+        inside = [c for c in content if start <= c < min(start + CHUNK, clip)]
+        out += [start, max(inside, default=start) + 1]
+    if clip < words.total:
+        out.append(max((c for c in content if c >= clip), default=clip - 1) + 1)
+    return tuple(c for c in out if c in words.special)
+
+
+def apply(
+    model: ModelPatcher,
+    words: Words,
+    strength: float = 1.0,
+    heads: Heads | None = None,
+    iterations: int = 20,
+    mass_weight: float = 80.0,
+    deviation_weight: float = 0.1,
+    ema: float = 0.25,
+    decay: float = 0.99,
+    start_percent: float = 0.0,
+    end_percent: float = 0.5,
+) -> ModelPatcher:
+    """A clone of ``model`` that regulates the attention to ``words``; with strength 0, just a clone.
+
+    Args:
+        heads: a selection to regulate; None is all heads of `auto_layers`.
+
+    Raises:
+        ValueError: when the words are none, the span is the wrong way round, a selection is of another model, or there is no attention
+            to text.
+    """
+    if start_percent > end_percent:
+        raise ValueError(
+            f"Attention Regulation: start_percent ({start_percent}) is after end_percent ({end_percent}); swap them."
+        )
+    targets = tuple(sorted({c for phrase in words.phrases for c in phrase.columns}))
+    if not targets:
+        raise ValueError("Attention Regulation: there are no words to raise; name at least one in Prompt Words.")
+    family, sites = model_sites(model)
+    joint = family != "unet"
+    where: dict[tuple[str, str], tuple[int, ...] | None]
+    if heads is None:
+        where = {(s.name, "joint" if joint else "cross"): None for s in auto_layers(sites, family)}
+    else:
+        chosen = check(heads, sites, family)
+        without = [s.name for s in sites if s.name in chosen and not joint and "cross" not in s.kinds]
+        if without:
+            raise ValueError(f"Attention Regulation: {without[0]} has no attention to text; choose other layers.")
+        where = {(name, "joint" if joint else "cross"): numbers for name, numbers in chosen.items()}
+    patched = model.clone()
+    if strength == 0:
+        return patched
+    columns = tuple(sorted({*targets, *start_and_end(words)}))
+    places = tuple(columns.index(c) for c in targets)
+    numbers = (strength, iterations, mass_weight, deviation_weight, ema, decay)
+    method = _Method(places, words.total, *numbers, object())
+    edit = Request(
+        "edit",
+        where,
+        method.edit,
+        rows=COND,
+        span=Span(start_percent, end_percent),
+        columns=columns,
+        period=words.total,
+    )
+    request(patched, edit)
+    patched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "attune_regulation", method.check)
+    return patched
