@@ -6,6 +6,7 @@ from comfy_api.latest import ComfyExtension, io
 
 from .decompose import AttuneDecompose
 from .demo import AttuneDemoModel
+from .detail import AttuneDetailSampler, AttuneEncodeBranches
 from .heads import AttuneHeads
 from .maps import AttuneAttentionMaps, AttuneSegmentation, AttuneShowMaps
 from .regulation import AttuneRegulation
@@ -23,6 +24,8 @@ class Attune(ComfyExtension):
             AttuneAttentionMaps,
             AttuneDecompose,
             AttuneDemoModel,
+            AttuneDetailSampler,
+            AttuneEncodeBranches,
             AttuneHeads,
             AttuneRegulation,
             AttuneSCBPrompts,

@@ -366,8 +366,9 @@ class Forward:
         shares = Shares.of(self._call(n.shape[0], n.shape[1], context.shape[1]), todo)
         if shares is None or len(shares.needed) == n.shape[0]:
             return n, context
-        self.shares = replace(shares, own=shares.needed)
-        which = _places(shares.needed, n.device)
+        own = shares.needed or [0]  # attention of no rows is a case that kernels do not know
+        self.shares = replace(shares, own=own)
+        which = _places(own, n.device)
         return n[which], context[which]
 
     def _locate(self, kind: str, extra: dict[str, Any]) -> None:

@@ -1,0 +1,229 @@
+"""What Detail++ costs against a KSampler batch of as many pictures on an SD1.5-shaped UNet, and what it does on the bundled model.
+
+The effect: the paper's ablation, pictures of held-out prompts at the same seeds read back by the evaluator. Prompts are taken apart as
+Decompose Prompt does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ..demo import evaluate, evaluator, model, world
+from ..language.decompose import GRANULARITIES, ORDERS, decompose
+from ..nodes.detail import encode
+from ..patches import detail
+from ..patches.detail import BRANCH, Branch, Place, Settings
+from . import _sd15
+
+COUNT = 4  # branches in the cost table: a base, one without details, two subjects
+SHARED = "Detail++, every step shared"
+LIMITS = {SHARED: 1.0}
+Draw = Callable[[str, int], Tensor]
+
+# --- the cost -----------------------------------------------------------------------------------------------------------
+
+
+def runs(patcher: Any, steps: int, latent: int) -> dict[str, Callable[[], Tensor]]:
+    """Functions that sample ``steps`` CFG steps of `COUNT` pictures."""
+    contexts = [torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(i)) for i in range(COUNT + 1)]
+    subjects = [(), (), (Place(1, (2, 3)),), (Place(2, (7,)),)]
+    positive = [
+        [context, {BRANCH: Branch(i, COUNT, 77, subjects[i], tuple(p.columns for p in subjects[i]))}]
+        for i, context in enumerate(contexts[:COUNT])
+    ]
+    negative = [[contexts[COUNT], {}]]
+    image = torch.zeros(1, 4, latent, latent)
+    noise = torch.randn(COUNT, *image.shape[1:], generator=torch.Generator().manual_seed(1))
+    sampler = comfy.samplers.KSampler(patcher, steps, patcher.load_device, "euler", "normal", 1.0, patcher.model_options)
+    batch = [[torch.cat(contexts[:COUNT]), {}]]
+
+    @torch.inference_mode()
+    def plain() -> Tensor:
+        many = torch.zeros_like(noise)
+        return sampler.sample(noise, batch, negative, 7.0, latent_image=many, disable_pbar=True, seed=1)
+
+    def ours(**settings: Any) -> Callable[[], Tensor]:
+        @torch.inference_mode()
+        def run() -> Tensor:
+            return detail.sample(
+                patcher,
+                positive,
+                negative,
+                {"samples": image},
+                1,
+                steps,
+                7.0,
+                "euler",
+                "normal",
+                settings=Settings(**settings),
+                disable_pbar=True,
+            )[0]
+
+        return run
+
+    return {
+        f"KSampler, {COUNT} pictures": plain,
+        SHARED: ours(share_until=1.0),
+        "Detail++, no layout shared": ours(share_until=1.0, share_max_tokens=1),
+        "Detail++, no step shared": ours(share_until=0.0),
+        "Detail++, one branch at a time": ours(share_until=1.0, branches_at_once=1),
+        "Detail++, every step optimised": ours(share_until=1.0, optimize=detail.OPTIMIZE[2], optimize_steps=steps),
+    }
+
+
+def cost(argv: list[str]) -> None:
+    """Print ratios of time and memory to the batch, rounds interleaved, the first one to warm up and to take the peaks."""
+    parser = argparse.ArgumentParser(prog="run.py bench detail", description=f"{__doc__} {EFFECT}")
+    parser.add_argument("--latent", type=int, default=64, help="latent height and width; 64 is 512×512 pixels")
+    parser.add_argument("--width", type=int, default=320, help="model channels, a multiple of 32; 320 is SD1.5's")
+    parser.add_argument("--steps", type=int, default=1, help="sampling steps in a timed run")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each variant")
+    args = parser.parse_args(argv)
+    device = comfy.model_management.get_torch_device()
+    variants = runs(_sd15.with_data(args.width, device), args.steps, args.latent)
+    first = next(iter(variants))
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    peaks = dict.fromkeys(variants, 0)
+    for turn in range(args.rounds + 1):
+        print(f"round {turn} of {args.rounds} on {device}", file=sys.stderr, flush=True)
+        for name, run in variants.items():
+            if turn == 0:
+                with _sd15.Live() as live:
+                    run()
+                peaks[name] = live.peak
+                continue
+            began = time.perf_counter()
+            run().cpu()  # waits for the device
+            times[name].append((time.perf_counter() - began) / args.steps)
+    plain = statistics.median(times[first])
+    print(f"SD1.5-shaped UNet, {args.width} channels, latent {args.latent}×{args.latent}, {device}: ratios to {first},")
+    print(f"whose step takes {plain:.2f} s (median of {args.rounds}) and {peaks[first] / 2**20:.0f} MB beside the weights")
+    print("| variant | time | memory beside the weights | limit |")
+    print("|---|---|---|---|")
+    for name, taken in times.items():
+        limit = f"{LIMITS[name]:.2f}" if name in LIMITS else ""
+        ratio = statistics.median(t / p for t, p in zip(taken, times[first], strict=True))
+        print(f"| {name} | {ratio:.3f} | {peaks[name] / peaks[first]:.3f} | {limit} |")
+
+
+# --- the effect ---------------------------------------------------------------------------------------------------------
+
+
+def draw(
+    base: Any, clip: Any, vae: Any, captions: Sequence[world.Caption], args: argparse.Namespace, settings: Settings
+) -> Tensor:
+    """One picture per caption; picture ``i`` starts from the noise of seed ``seed + i``, as `evaluate.generate` has it."""
+    empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    out = []
+    with torch.inference_mode():
+        for i, caption in enumerate(captions):
+            branches = decompose(caption.text, args.granularity, args.order, not args.from_simple)
+            latent = {"samples": torch.zeros(1, 4, world.SIZE // 8, world.SIZE // 8)}
+            samples, _ = detail.sample(
+                base,
+                encode(clip, branches, args.released),
+                empty,
+                latent,
+                args.seed + i,
+                args.sampling_steps,
+                args.cfg,
+                args.sampler,
+                "normal",
+                settings=settings,
+                disable_pbar=True,
+            )
+            out.append(vae.decode(samples[-1:]))
+    return torch.cat(out)
+
+
+def table(captions: Sequence[world.Caption], args: argparse.Namespace) -> None:
+    """Shares with 95 % intervals, each row's difference to plain CFG and to the row above, and the time."""
+    base, clip, vae = model.load()
+    common = {
+        "share_until": args.share_until,
+        "share_max_tokens": args.share_max_tokens,
+        "mask_threshold": args.mask_threshold,
+        "optimize_steps": args.optimize_steps,
+        "step_size": args.step_size,
+    }
+    names = ("+ PDI", "+ entropy", "+ centroid")
+    print(
+        "| variant | objects present | colours right | patterns right | background right | all bound | bound, against plain | against the row "
+        "above | s a picture |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    before: list[list[evaluator.Verdict]] = []
+    for name, optimize in (("plain CFG", None), *zip(names, detail.OPTIMIZE, strict=True)):
+        began = time.perf_counter()
+        if optimize is None:
+            texts = [c.text for c in captions]
+            pictures = evaluate.generate(base, clip, vae, texts, args.cfg, args.seed, args.sampling_steps)
+        else:
+            pictures = draw(base, clip, vae, captions, args, Settings(optimize=optimize, **common))
+        seconds = (time.perf_counter() - began) / len(captions)
+        found = evaluate.verdicts(pictures, captions)
+        cells = []
+        answers = [[all(getattr(v, what)) for v in found] for what in ("present", "colour", "pattern")]
+        answers.append([bool(v.background) for v in found if v.background is not None])
+        answers.append([v.all_bound for v in found])
+        for each in answers:
+            low, high = evaluate.interval(sum(each), len(each)) if each else (0.0, 1.0)
+            cells.append(f"{100 * sum(each) / max(len(each), 1):.1f} % ({100 * low:.0f}-{100 * high:.0f})")
+        for other in (before[0], before[-1]) if before else ():
+            mean, low, high = (100 * x for x in evaluate.paired([v.all_bound for v in other], [v.all_bound for v in found]))
+            cells.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
+        before.append(found)
+        print(f"| {name} | {' | '.join(cells)} |{'' if len(before) > 1 else '  |  |'} {seconds:.2f} |", flush=True)
+
+
+EFFECT = (
+    "Also: --effect-only, --cost-only; of the second table --prompts (0 skips it), --things, --split, --cfg, --seed, --sampling-steps, "
+    "--sampler, --granularity, --order, --from-simple (the base has no details), --released (subjects are looked for in the branch "
+    "before), and the node's settings."
+)
+
+
+def main(argv: list[str]) -> int:
+    """Print the cost at SD1.5's size, then the ablation on the bundled model's pictures."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--effect-only", action="store_true")
+    parser.add_argument("--cost-only", action="store_true")
+    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--things", type=int, default=2)
+    parser.add_argument("--split", choices=("test", "tune"), default="test")
+    parser.add_argument("--cfg", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--sampling-steps", type=int, default=20)
+    parser.add_argument("--sampler", default="euler")
+    parser.add_argument("--granularity", choices=GRANULARITIES, default="subject")
+    parser.add_argument("--order", choices=ORDERS, default="simple first")
+    parser.add_argument("--from-simple", action="store_true")
+    parser.add_argument("--released", action="store_true")
+    for name, kind in (
+        ("share_until", float),
+        ("share_max_tokens", int),
+        ("mask_threshold", float),
+        ("optimize_steps", int),
+        ("step_size", float),
+    ):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(Settings(), name))
+    own, rest = parser.parse_known_args(argv)
+    if not own.effect_only or rest:
+        cost(rest)
+    if own.prompts and not own.cost_only:
+        print(
+            f"\nThe bundled model, {own.prompts} held-out prompts of {own.things} things ({own.split}), {own.sampling_steps} steps, "
+            f"cfg {own.cfg:g}, the same seeds:"
+        )
+        table(world.prompts(own.split, own.prompts, own.things), own)
+    return 0
