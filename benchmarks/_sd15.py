@@ -136,14 +136,22 @@ def count(variants: Variants, width: int, latent: int) -> dict[str, int]:
 def measure(
     variants: Variants, width: int, latent: int, steps: int, rounds: int
 ) -> tuple[dict[str, float], dict[str, int], int]:
-    """Median seconds of a step and peak bytes beside the weights of each variant, and the weights' bytes.
-
-    Rounds are interleaved, so that a busy moment hits all. The first, which is not timed, warms up and takes the peaks.
-    """
+    """Median seconds of a step and peak bytes beside the weights of each variant, and the weights' bytes."""
     device = comfy.model_management.get_torch_device()
     plain = with_data(width, device)
     weights = sum(p.numel() * p.element_size() for p in plain.model.diffusion_model.parameters())
     runs = {name: stepper(model, steps, latent) for name, model in variants(plain).items()}
+    times, peaks = interleaved(runs, steps, rounds, device)
+    return {name: statistics.median(taken) for name, taken in times.items()}, peaks, weights
+
+
+def interleaved(
+    runs: dict[str, Callable[[], Tensor]], steps: int, rounds: int, device: torch.device
+) -> tuple[dict[str, list[float]], dict[str, int]]:
+    """Seconds of a step in each round, and peak bytes beside the weights, of each run.
+
+    Rounds are interleaved, so that a busy moment hits all. The first, which is not timed, warms up and takes the peaks.
+    """
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks = dict.fromkeys(runs, 0)
     for turn in range(rounds + 1):
@@ -157,7 +165,7 @@ def measure(
             began = time.perf_counter()
             run().cpu()  # waits for the device
             times[name].append((time.perf_counter() - began) / steps)
-    return {name: statistics.median(taken) for name, taken in times.items()}, peaks, weights
+    return times, peaks
 
 
 def main(

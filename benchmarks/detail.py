@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -92,19 +91,7 @@ def cost(argv: list[str]) -> None:
     device = comfy.model_management.get_torch_device()
     variants = runs(_sd15.with_data(args.width, device), args.steps, args.latent)
     first = next(iter(variants))
-    times: dict[str, list[float]] = {name: [] for name in variants}
-    peaks = dict.fromkeys(variants, 0)
-    for turn in range(args.rounds + 1):
-        print(f"round {turn} of {args.rounds} on {device}", file=sys.stderr, flush=True)
-        for name, run in variants.items():
-            if turn == 0:
-                with _sd15.Live() as live:
-                    run()
-                peaks[name] = live.peak
-                continue
-            began = time.perf_counter()
-            run().cpu()  # waits for the device
-            times[name].append((time.perf_counter() - began) / args.steps)
+    times, peaks = _sd15.interleaved(variants, args.steps, args.rounds, device)
     plain = statistics.median(times[first])
     print(f"SD1.5-shaped UNet, {args.width} channels, latent {args.latent}×{args.latent}, {device}: ratios to {first},")
     print(f"whose step takes {plain:.2f} s (median of {args.rounds}) and {peaks[first] / 2**20:.0f} MB beside the weights")

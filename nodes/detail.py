@@ -4,39 +4,17 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any, Protocol
+from typing import Any
 
 import comfy.samplers
 import comfy.utils
 import latent_preview
 from comfy_api.latest import io
 
+from ..language.decompose import Branch, Branches
 from ..language.words import prompt_words
 from ..patches import detail
 from .decompose import AttuneBranchesType
-
-
-class _Subject(Protocol):
-    @property
-    def text(self) -> str: ...
-    @property
-    def occurrence(self) -> int: ...
-    @property
-    def base(self) -> int | None: ...
-
-
-class _Branch(Protocol):
-    @property
-    def text(self) -> str: ...
-    @property
-    def subjects(self) -> Sequence[_Subject]: ...
-
-
-class Branches(Protocol):
-    """``ATTUNE_BRANCHES``: a prompt's branches in order, the first being the base."""
-
-    @property
-    def branches(self) -> Sequence[_Branch]: ...
 
 
 def _occurrences(clip: Any, text: str, phrase: str) -> list[tuple[int, ...]]:
@@ -52,7 +30,7 @@ def _occurrences(clip: Any, text: str, phrase: str) -> list[tuple[int, ...]]:
 
 
 def _places(
-    clip: Any, branches: Sequence[_Branch], index: int, released: bool
+    clip: Any, branches: Sequence[Branch], index: int, released: bool
 ) -> tuple[list[detail.Place], list[tuple[int, ...]]]:
     """Where the subjects of a branch are read, and their columns in the base.
 

@@ -51,6 +51,17 @@ class Span:
     start: float = 0.0
     end: float = 1.0
 
+    @classmethod
+    def checked(cls, method: str, start_percent: float, end_percent: float) -> Span:
+        """A node's span.
+
+        Raises:
+            ValueError: when it is the wrong way round.
+        """
+        if start_percent > end_percent:
+            raise ValueError(f"{method}: start_percent ({start_percent}) is after end_percent ({end_percent}); swap them.")
+        return cls(start_percent, end_percent)
+
     def holds(self, sigma: Tensor, model_sampling: Any) -> bool:
         """Whether the step at noise level ``sigma`` is inside."""
         if self.start <= 0 and self.end >= 1:

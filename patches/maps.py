@@ -6,7 +6,7 @@ import hashlib
 import json
 import logging
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -202,6 +202,11 @@ def auto_sites(sites: tuple[Site, ...], family: str) -> tuple[Site, ...]:
     return tuple(s for s in with_text if s.stride in wanted)
 
 
+def whole_picture(conds: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first conditioning that is not limited to an area."""
+    return next((cond for cond in conds if "area" not in cond), None)
+
+
 @dataclass(frozen=True, eq=False)
 class Recorder:
     """Puts the maps of a run into a `Maps`."""
@@ -269,9 +274,9 @@ class Recorder:
     def _prompt(self, call: Call) -> Any:
         """The conditioning whose maps are kept: the first positive one that is for the whole picture."""
         positive = call.run.conds.get("positive", ()) if call.run is not None else ()
-        for cond in positive:
-            if "area" not in cond:
-                return cond.get("uuid")
+        whole = whole_picture(positive)
+        if whole is not None:
+            return whole.get("uuid")
         if positive and self.needed:
             raise ValueError(
                 "Capture Attention Maps: every positive prompt is limited to an area of the picture; add one for the whole picture "

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..methods import regulation as maths
 from .attention import COND, Call, ModelPatcher, Request, Span, model_sites, request
-from .maps import auto_sites
+from .maps import auto_sites, whole_picture
 from .sites import Heads, Site, check
 
 if TYPE_CHECKING:
@@ -117,7 +117,7 @@ class _Method:
 def prompt(conds: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
     """The conditioning that a run's words belong to: the first positive one for the whole picture, else the first one."""
     positive = conds.get("positive") or ()
-    return next((c for c in positive if "area" not in c), next(iter(positive), None))
+    return whole_picture(positive) or next(iter(positive), None)
 
 
 def auto_layers(sites: tuple[Site, ...], family: str) -> tuple[Site, ...]:
@@ -172,10 +172,7 @@ def apply(
         ValueError: when the words are none, the span is the wrong way round, a selection is of another model, or there is no attention
             to text.
     """
-    if start_percent > end_percent:
-        raise ValueError(
-            f"Attention Regulation: start_percent ({start_percent}) is after end_percent ({end_percent}); swap them."
-        )
+    span = Span.checked("Attention Regulation", start_percent, end_percent)
     targets = tuple(sorted({c for phrase in words.phrases for c in phrase.columns}))
     if not targets:
         raise ValueError("Attention Regulation: there are no words to raise; name at least one in Prompt Words.")
@@ -202,7 +199,7 @@ def apply(
         where,
         method.edit,
         rows=COND,
-        span=Span(start_percent, end_percent),
+        span=span,
         columns=columns,
         period=words.total,
     )

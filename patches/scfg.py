@@ -204,10 +204,7 @@ def apply(
         raise ValueError(f"Semantic-aware CFG: reference must be one of {', '.join(REFERENCES)}, not “{reference}”.")
     if min_ratio > max_ratio:
         raise ValueError(f"Semantic-aware CFG: min_ratio ({min_ratio}) is above max_ratio ({max_ratio}); swap them.")
-    if start_percent > end_percent:
-        raise ValueError(
-            f"Semantic-aware CFG: start_percent ({start_percent}) is after end_percent ({end_percent}); swap them."
-        )
+    span = Span.checked("Semantic-aware CFG", start_percent, end_percent)
     family, sites = model_sites(model)
     chosen = auto_sites(sites, family)
     patched = model.clone()
@@ -221,7 +218,7 @@ def apply(
         smoothing,
         released,
         min(s.stride for s in chosen),
-        Span(start_percent, end_percent),
+        span,
         Recorder(maps, chosen, mean_heads=True, needed=False),
         object(),
     )

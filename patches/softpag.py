@@ -82,15 +82,14 @@ def apply(
     Raises:
         ValueError: when the heads belong to another model, the span is empty, or the model family is unknown.
     """
-    if start_percent > end_percent:
-        raise ValueError(f"SoftPAG: start_percent ({start_percent}) is after end_percent ({end_percent}); swap them.")
+    span = Span.checked("SoftPAG", start_percent, end_percent)
     family, sites = model_sites(model)
     chosen = check(heads or default_heads(family, sites), sites, family)
     patched = model.clone()
     if scale == 0 or perturbation == 0:
         return patched
     install(patched)
-    span, one = Span(start_percent, end_percent), Perturbation(chosen, perturbation)
+    one = Perturbation(chosen, perturbation)
     first = next(s for s in sites if s.name in chosen)
     options = patched.model_options.setdefault("transformer_options", {})
     options[reuse.PREFIXES] = (*options.get(reuse.PREFIXES, ()), (span, first.block))
