@@ -24,6 +24,7 @@ from ..patches import detail
 from ..patches.detail import BRANCH, Branch, Place, Settings
 from . import _sd15
 
+ROWS = dict(zip(detail.OPTIMIZE, ("+ PDI", "+ entropy", "+ centroid"), strict=True))
 COUNT = 4  # branches in the cost table: a base, one without details, two subjects
 SHARED = "Detail++, every step shared"
 LIMITS = {SHARED: 1.0}
@@ -142,15 +143,15 @@ def table(captions: Sequence[world.Caption], args: argparse.Namespace) -> None:
         "mask_threshold": args.mask_threshold,
         "optimize_steps": args.optimize_steps,
         "step_size": args.step_size,
+        "finish": args.finish,
     }
-    names = ("+ PDI", "+ entropy", "+ centroid")
     print(
         "| variant | objects present | colours right | patterns right | background right | all bound | bound, against plain | against the row "
         "above | s a picture |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
     before: list[list[evaluator.Verdict]] = []
-    for name, optimize in (("plain CFG", None), *zip(names, detail.OPTIMIZE, strict=True)):
+    for name, optimize in (("plain CFG", None), *((ROWS[o], o) for o in args.rows)):
         began = time.perf_counter()
         if optimize is None:
             texts = [c.text for c in captions]
@@ -171,12 +172,67 @@ def table(captions: Sequence[world.Caption], args: argparse.Namespace) -> None:
             cells.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
         before.append(found)
         print(f"| {name} | {' | '.join(cells)} |{'' if len(before) > 1 else '  |  |'} {seconds:.2f} |", flush=True)
+    room = sum(all(v.present) and not v.all_bound for v in before[0])
+    print(
+        f"\nOf plain CFG's pictures {100 * room / len(captions):.1f} % have every thing but not every detail: the most that moving details "
+        "on the same layout can win."
+    )
+
+
+def premise(captions: Sequence[world.Caption], args: argparse.Namespace) -> None:
+    """Does the model draw simpler prompts better? Detail++ rests on it. Each thing is looked for alone, whatever else was drawn."""
+    base, clip, vae = model.load()
+    reader = evaluator.load_evaluator()
+
+    def read(texts: Sequence[str]) -> list[evaluator.Reading]:
+        return evaluator.read(reader, evaluate.generate(base, clip, vae, texts, args.cfg, args.seed, args.sampling_steps))
+
+    parts = [decompose(c.text, "subject").branches for c in captions]
+    asked = [  # of which prompt, in which branch, which thing
+        (i, branch.text, thing)
+        for i, (caption, branches) in enumerate(zip(captions, parts, strict=True))
+        for branch in branches[2:]
+        for thing in caption.things
+        if any(thing.noun in subject.text.split() for subject in branch.subjects)
+    ]
+    whole, bare = read([c.text for c in captions]), read([b[1].text for b in parts])
+    alone = read([text for _, text, _ in asked])
+    details = {
+        "the whole prompt": [_drawn(whole[i], thing) for i, _, thing in asked],
+        "the sub-prompt with its details only": [_drawn(r, thing) for r, (_, _, thing) in zip(alone, asked, strict=True)],
+    }
+    print("\n| prompt | a thing and its details are right |\n|---|---|")
+    for name, hits in details.items():
+        low, high = evaluate.interval(sum(hits), len(hits))
+        print(f"| {name} | {100 * sum(hits) / len(hits):.1f} % ({100 * low:.0f}-{100 * high:.0f}) |")
+    print("\n| prompt | every noun is drawn |\n|---|---|")
+    for name, readings in (("the whole prompt", whole), ("p1, without details", bare)):
+        there = [
+            all(any(f.noun == t.noun for f in r.things) for t in c.things) for r, c in zip(readings, captions, strict=True)
+        ]
+        low, high = evaluate.interval(sum(there), len(there))
+        print(f"| {name} | {100 * sum(there) / len(there):.1f} % ({100 * low:.0f}-{100 * high:.0f}) |", flush=True)
+
+
+def _drawn(reading: evaluator.Reading, thing: world.Stated) -> bool:
+    said = {name: getattr(thing, name) for name in ("noun", "colour", "pattern") if getattr(thing, name) is not None}
+    return any(all(getattr(found, name) == word for name, word in said.items()) for found in reading.things)
+
+
+def compositions(split: str, number: int) -> list[world.Caption]:
+    """The bundled model's counterpart of the style composition benchmark: one patterned thing on a differently patterned background."""
+    every = world.prompts(split, 8 * number, 1)
+    out = [
+        c for c in every if c.background and "plain" not in (own := {c.things[0].pattern, c.background[1]}) and len(own) == 2
+    ]
+    return out[:number]
 
 
 EFFECT = (
     "Also: --effect-only, --cost-only; of the second table --prompts (0 skips it), --things, --split, --cfg, --seed, --sampling-steps, "
     "--sampler, --granularity, --order, --from-simple (the base has no details), --released (subjects are looked for in the branch "
-    "before), and the node's settings."
+    "before), --rows (which optimisations), --composition (one patterned thing on a differently patterned background), --premise (whether "
+    "simpler prompts are drawn better), --finish, and the node's settings."
 )
 
 
@@ -196,6 +252,10 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--order", choices=ORDERS, default="simple first")
     parser.add_argument("--from-simple", action="store_true")
     parser.add_argument("--released", action="store_true")
+    parser.add_argument("--rows", nargs="*", choices=detail.OPTIMIZE, default=list(detail.OPTIMIZE))
+    parser.add_argument("--composition", action="store_true")
+    parser.add_argument("--premise", action="store_true")
+    parser.add_argument("--finish", choices=detail.FINISH, default=detail.FINISH[0])
     for name, kind in (
         ("share_until", float),
         ("share_max_tokens", int),
@@ -208,9 +268,15 @@ def main(argv: list[str]) -> int:
     if not own.effect_only or rest:
         cost(rest)
     if own.prompts and not own.cost_only:
+        kind = "one patterned thing on another pattern" if own.composition else f"{own.things} things"
         print(
-            f"\nThe bundled model, {own.prompts} held-out prompts of {own.things} things ({own.split}), {own.sampling_steps} steps, "
-            f"cfg {own.cfg:g}, the same seeds:"
+            f"\nThe bundled model, {own.prompts} held-out prompts of {kind} ({own.split}), {own.sampling_steps} steps, cfg {own.cfg:g}, "
+            f"the same seeds, finish: {own.finish}"
         )
-        table(world.prompts(own.split, own.prompts, own.things), own)
+        captions = (
+            compositions(own.split, own.prompts) if own.composition else world.prompts(own.split, own.prompts, own.things)
+        )
+        table(captions, own)
+        if own.premise:
+            premise(captions, own)
     return 0

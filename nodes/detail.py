@@ -212,6 +212,14 @@ class AttuneDetailSampler(io.ComfyNode):
                     step=0.05,
                     tooltip="How far an optimisation goes; it falls to 0 over its steps. 1 moves the noise by about a tenth; 0 changes nothing.",
                 ),
+                io.Combo.Input(
+                    "finish",
+                    options=list(detail.FINISH),
+                    default=detail.FINISH[0],
+                    optional=True,
+                    tooltip="Which prompt the result has after share_until. last branch: its own, as in the paper. whole prompt: the full one, "
+                    "which knows every detail; better where late steps still change colours, as in small pictures.",
+                ),
             ],
             outputs=[
                 io.Latent.Output(display_name="result", tooltip="The finished picture: the last branch, with all details."),
@@ -245,8 +253,11 @@ class AttuneDetailSampler(io.ComfyNode):
         optimize,
         optimize_steps,
         step_size,
+        finish=detail.FINISH[0],
     ) -> io.NodeOutput:
-        settings = detail.Settings(share_until, share_max_tokens, mask_threshold, optimize, optimize_steps, step_size)
+        settings = detail.Settings(
+            share_until, share_max_tokens, mask_threshold, optimize, optimize_steps, step_size, finish=finish
+        )
         samples, masks = detail.sample(
             model,
             positive,

@@ -43,6 +43,7 @@ from .sites import Site
 BRANCH = "attune_branch"  # in a conditioning's options: the `Branch` that it is
 BRANCHES = "attune_branches"  # in those of branches merged into one
 OPTIMIZE = ("off", "entropy", "entropy + centroid")
+FINISH = ("last branch", "whole prompt")
 STRIDE = 4  # latent pixels per token where subjects are looked for, and from where on the layout is shared
 HISTORY = 2  # earlier predictions that a supported sampler may hold
 PIXELS = 8  # per latent pixel, in every UNet
@@ -114,6 +115,7 @@ class Settings:
     optimize_steps: int = 6
     step_size: float = 1.0
     branches_at_once: int = 0
+    finish: str = FINISH[0]
 
 
 # --- conditioning: many branches, one batch -----------------------------------------------------------------------------
@@ -419,6 +421,20 @@ class Guider(comfy.samplers.CFGGuider):
         self.session = session
         self.size = session.settings.branches_at_once
         self.parts: dict[tuple[str, range], list[dict[str, Any]]] = {}
+        self.following = False
+
+    def follow_base(self) -> None:
+        """From here on the last branch has the base's prompt, which knows every detail."""
+        if self.following:
+            return
+        self.following = True
+        self.parts.clear()
+        n, total = self.session.pictures, self.session.pictures * self.session.total
+        rows = torch.tensor([*range(total - n), *range(n)])
+        self.conds = {
+            **self.conds,
+            "positive": [{**cond, "model_conds": _chosen(cond, total, rows)} for cond in self.conds["positive"]],
+        }
 
     def predict_noise(self, x: Tensor, timestep: Tensor, model_options: Any = None, seed: int | None = None) -> Tensor:
         session = self.session
@@ -471,14 +487,19 @@ def _rows_of(cond: Mapping[str, Any], total: int, rows: slice) -> dict[str, Any]
     for name in ROWS:
         if isinstance(out.get(name), Tensor) and out[name].shape[0] == total:
             out[name] = out[name][rows]
-    out["model_conds"] = {}
+    return {**out, "model_conds": _chosen(cond, total, rows)}
+
+
+def _chosen(cond: Mapping[str, Any], total: int, rows: slice | Tensor) -> dict[str, Any]:
+    """What the model sees of a conditioning, for some of its ``total`` rows."""
+    out = {}
     for name, value in cond["model_conds"].items():
         held = getattr(value, "cond", None)
         if isinstance(held, Tensor) and held.ndim and held.shape[0] == total:
             value = value._copy_with(held[rows])
         elif isinstance(held, list):
             value = value._copy_with([t[rows] if t.shape[0] == total else t for t in held])
-        out["model_conds"][name] = value
+        out[name] = value
     return out
 
 
@@ -527,6 +548,8 @@ class Blending:
         first = self.calls == 0 or self.steps[self.calls - 1] != step
         self.calls += 1
         if step >= session.shared:
+            if session.settings.finish == FINISH[1]:
+                session.guider.follow_base()
             return self.model(x, sigma, **kwargs)
         options = kwargs["model_options"]
         if first:
@@ -688,6 +711,8 @@ def check(sampler_name: str, settings: Settings) -> None:
         )
     if settings.optimize not in OPTIMIZE:
         raise ValueError(f"Detail++ Sampler: optimize must be one of {', '.join(OPTIMIZE)}, not “{settings.optimize}”.")
+    if settings.finish not in FINISH:
+        raise ValueError(f"Detail++ Sampler: finish must be one of {', '.join(FINISH)}, not “{settings.finish}”.")
 
 
 def sample(

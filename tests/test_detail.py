@@ -211,7 +211,7 @@ def update(sampler, i, sigmas, x, den, history, noise):
     raise AssertionError(sampler)
 
 
-def reference(model, positive, sampler, steps, batch, size, share_until=0.8, threshold=0.5, max_tokens=None):
+def reference(model, positive, sampler, steps, batch, size, share_until=0.8, threshold=0.5, max_tokens=None, whole=False):
     """Latents of all branches, branch by branch, and the last masks of each picture."""
     sites = model_sites(model)[1]
     slow = Slow(model, {s.name for s in sites if s.stride == 1}, {s.name for s in sites})
@@ -242,6 +242,8 @@ def reference(model, positive, sampler, steps, batch, size, share_until=0.8, thr
             base = None
             crosses = []
             for j, context in enumerate(contexts):
+                if whole and not shared and j == len(contexts) - 1:
+                    context = contexts[0]
                 x = z[j, b : b + 1]
                 c, own, cross = slow(x, sigmas[i], context, base if shared else None)
                 u = slow(x, sigmas[i], negative)[0]
@@ -286,13 +288,22 @@ def reference(model, positive, sampler, steps, batch, size, share_until=0.8, thr
         ("euler_ancestral", (8, 8), 2, (7, 7, 14), {}),
         ("dpmpp_2m", (8, 8), 1, (7, 7, 7, 7), {}),
         ("dpmpp_2m_sde", (8, 8), 1, (7, 7, 7), {"share_until": 1.0}),
+        ("dpmpp_2m", (6, 8), 2, (7, 5, 35, 7), {"share_until": 0.4, "finish": "whole prompt"}),
     ],
 )
 def test_equals_one_branch_at_a_time(sampler, size, batch, lengths, more):
     model = families.shared("sd15")
     positive = branches(lengths)
     right, masks = reference(
-        model, positive, sampler, 5, batch, size, more.get("share_until", 0.8), max_tokens=more.get("share_max_tokens")
+        model,
+        positive,
+        sampler,
+        5,
+        batch,
+        size,
+        more.get("share_until", 0.8),
+        max_tokens=more.get("share_max_tokens"),
+        whole="finish" in more,
     )
     ours, shown = run(model, positive, batch, size, sampler, 5, **more)
     close(ours, right, 1e-3)
@@ -345,6 +356,8 @@ def test_without_sharing_branches_are_independent_pictures(name, sampler):
     none, masks = run(model, positive, 2, sampler=sampler, share_until=0.0, optimize="entropy")
     close(none, right)
     assert masks.all()
+    last = run(model, positive, 2, sampler=sampler, share_until=0.0, finish="whole prompt")[0]
+    close(last, torch.cat([right[:4], right[:2]]))
     everywhere = [[c, {**o, BRANCH: Branch(o[BRANCH].index, 3, 7)}] for c, o in positive]
     close(run(model, everywhere, 2, sampler=sampler, share_max_tokens=1)[0], right)
 
@@ -455,6 +468,8 @@ def test_bad_input_is_refused_before_sampling():
             run(families.shared(name), branches())
     with pytest.raises(ValueError, match="entropy"):
         run(model, branches(), optimize="hard")
+    with pytest.raises(ValueError, match="whole prompt"):
+        run(model, branches(), finish="early")
 
 
 # --- inside -------------------------------------------------------------------------------------------------------------
@@ -469,6 +484,12 @@ def test_branches_in_parts_are_the_same(sampler, size):
     parts, same = run(model, branches(), branches_at_once=size, **settings)
     close(parts, whole)
     assert torch.equal(masks, same)
+    settings["share_until"] = 0.4
+    early = run(model, branches(), **settings)[0]
+    finished = run(model, branches(), finish="whole prompt", **settings)[0]
+    differs(finished[-2:], early[-2:])
+    close(finished[:-2], early[:-2])
+    close(run(model, branches(), branches_at_once=size, finish="whole prompt", **settings)[0], finished)
 
 
 def test_parts_by_memory(monkeypatch):
@@ -652,13 +673,14 @@ def test_the_node(demo):
     latent = {"samples": torch.zeros(2, 4, 16, 12), "batch_index": [3, 4], "noise_mask": torch.ones(1, 128, 96)}
     schema = AttuneDetailSampler.define_schema()
     defaults = {i.id: i.default for i in schema.inputs if getattr(i, "default", None) is not None}
-    assert [i.id for i in schema.inputs][-6:] == [
+    assert [i.id for i in schema.inputs][-7:] == [
         "share_until",
         "share_max_tokens",
         "mask_threshold",
         "optimize",
         "optimize_steps",
         "step_size",
+        "finish",
     ]
     given = {"model": model, "positive": positive, "negative": empty, "latent_image": latent, "sampler_name": "euler"}
     with torch.inference_mode():
