@@ -28,7 +28,7 @@ import comfy.utils
 import torch
 import torch.nn.functional as F
 from comfy.k_diffusion import sampling as k_diffusion
-from comfy.ldm.modules.attention import SpatialTransformer
+from comfy.ldm.modules.attention import SpatialTransformer, attention_pytorch
 from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
@@ -637,6 +637,11 @@ def _spared(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
     return again
 
 
+def _with_backward(kernel: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+    """Attention whose gradient is known: SageAttention's and others', chosen for ComfyUI or by another pack, is not."""
+    return attention_pytorch(*args, **kwargs)
+
+
 def _gradient(session: Session, model: Any, x: Tensor, sigma: Tensor, kwargs: Mapping[str, Any]) -> Tensor | None:
     """Gradient of the loss of the base's maps by its latents ``x [B, c, H, W]``; None where the base has none of the subjects.
 
@@ -666,7 +671,8 @@ def _gradient(session: Session, model: Any, x: Tensor, sigma: Tensor, kwargs: Ma
                 raise _EnoughError
 
     options = kwargs["model_options"]
-    options = {**options, "transformer_options": {**options.get("transformer_options", {}), KEY: ()}}
+    asked = {**options.get("transformer_options", {}), KEY: (), "optimized_attention_override": _with_backward}
+    options = {**options, "transformer_options": asked}
     options = with_pass(options, Pass((session.reader(lay, read),)))
     with torch.inference_mode(False), torch.enable_grad(), _Normal():
         z = x.clone().requires_grad_()
