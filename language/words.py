@@ -58,6 +58,7 @@ class Words:
         special: columns that are start, end or padding in every encoder that has them.
         total: columns of the context.
         counts: columns of each text encoder's own output.
+        automatic: nothing was asked for, so the phrases are the prompt's nouns.
     """
 
     text: str
@@ -66,6 +67,7 @@ class Words:
     special: tuple[int, ...]
     total: int
     counts: Mapping[str, int]
+    automatic: bool = False
 
     @property
     def content(self) -> tuple[int, ...]:
@@ -283,4 +285,5 @@ def prompt_words(clip: Any, text: str, words: str = "") -> Words:
     content = context({n: {c for c, _ in one.tokens if c is not None} for n, one in encoded.items()})
     total = before + (encoded[T5].total if T5 in encoded else 0)
     special = tuple(sorted(set(range(total)) - set(content)))
-    return Words(text, tuple(phrases), all_words, special, total, {n: one.total for n, one in encoded.items()})
+    counts = {n: one.total for n, one in encoded.items()}
+    return Words(text, tuple(phrases), all_words, special, total, counts, not asked)

@@ -1,0 +1,60 @@
+"""The phrases of a prompt whose words belong together, each occurrence on its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import replace
+
+from .grammar import read
+from .words import _EMBEDDING, _WORD, Phrase, Words, _key, _keys, _plain
+
+
+def fusable(words: Words) -> Words:
+    """The same words with every occurrence of a phrase as a phrase of its own, and only those with several columns.
+
+    Nouns that were found automatically are widened to their noun phrases: the words before them that say what they are like, without
+    articles and numbers ("two big red fire trucks": big red fire trucks).
+
+    Raises:
+        RuntimeError: when noun phrases are wanted and spaCy is not installed.
+    """
+    places = _noun_phrases(words.text) if words.automatic else _written(words)
+    found = (_joined([words.words[i] for i in members]) for members in places)
+    return replace(words, phrases=tuple(p for p in found if any(len(c) > 1 for c in p.encoders.values())))
+
+
+def _joined(members: list[Phrase]) -> Phrase:
+    """Neighbouring words as one phrase."""
+
+    def merged(parts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
+        return tuple(sorted(set().union(*parts)))
+
+    encoders = {n: merged(m.encoders[n] for m in members) for n in members[0].encoders}
+    return Phrase(" ".join(m.text for m in members), merged(m.columns for m in members), encoders)
+
+
+def _written(words: Words) -> Iterator[list[int]]:
+    """Every occurrence of the phrases that were asked for, as word numbers."""
+    keys = [_key(w.text) for w in words.words]
+    for phrase in words.phrases:
+        wanted = list(_keys(phrase.text))
+        size = len(wanted)
+        after = 0
+        for i in range(len(keys) - size + 1):
+            if i >= after and keys[i : i + size] == wanted:
+                after = i + size
+                yield list(range(i, after))
+
+
+def _noun_phrases(text: str) -> Iterator[list[int]]:
+    """The noun phrases of a prompt, as word numbers."""
+    plain, _ = _plain(text)
+    matches = list(_WORD.finditer(plain))
+    reading = read(_EMBEDDING.sub(lambda m: " " * len(m.group()), plain))
+    for noun in reading.nouns:
+        units = reading.units
+        before = [i for modifier in noun.modifiers for i in modifier if noun.start <= i < noun.name.start]
+        start, end = units[min(before, default=noun.name.start)].start, units[noun.end - 1].end
+        members = [i for i, m in enumerate(matches) if start <= m.start() and m.end() <= end]
+        if members:
+            yield members

@@ -1,0 +1,51 @@
+"""Phrase Fusion: the words of one phrase look at the same place."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..language.phrases import fusable
+from ..patches import fusion
+from ..patches.maps import tell
+from .words import AttuneWordsType
+
+
+class AttunePhraseFusion(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AttunePhraseFusion",
+            display_name="Phrase Fusion",
+            category="Attune",
+            description="Lets all words of a phrase (“fire truck”, “red car”) act in the same place of the picture: their attention is "
+            "averaged, so that a colour stays with its thing.",
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The model to steer. LoRAs, ControlNets and guidance on it stay; connect the output to the sampler.",
+                ),
+                AttuneWordsType.Input(
+                    "words",
+                    tooltip="The phrases to fuse: from Prompt Words, with the text and the CLIP of the positive prompt. With its words "
+                    "written out (“red car, fire truck”), those; with its words left empty, every noun of the prompt with the words before it "
+                    "that describe it.",
+                ),
+                io.Float.Input(
+                    "strength",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.05,
+                    tooltip="How far each word's attention moves to its phrase's mean: 1 is all the way, 0 is off.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The steered model: connect it to a KSampler.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(cls, model, words, strength) -> io.NodeOutput:
+        phrases = fusable(words)
+        said = phrases.summary if phrases.phrases else "nothing to fuse, since every phrase is a single token"
+        tell(getattr(cls.hidden, "unique_id", None), f"Phrase Fusion: {said}")
+        return io.NodeOutput(fusion.apply(model, phrases, strength) if phrases.phrases else model.clone())

@@ -1,0 +1,72 @@
+"""Refine Attention: each word's attention keeps its peaks, with soft edges."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..patches import refine
+from .words import AttuneWordsType
+
+
+class AttuneRefineMaps(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AttuneRefineMaps",
+            display_name="Refine Attention",
+            category="Attune",
+            description="Sharpens where words act: in a few rounds each word's attention is cut to where it is strongest, and smoothed. Weak "
+            "attention all over the picture goes.",
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The model to steer. LoRAs, ControlNets and guidance on it stay; connect the output to the sampler.",
+                ),
+                AttuneWordsType.Input(
+                    "words",
+                    optional=True,
+                    tooltip="The words to refine: from Prompt Words, with the text and the CLIP of the positive prompt. Left open: every token "
+                    "of every positive prompt but the start token (SD1.5, SD2 and SDXL; SD3 and FLUX need words).",
+                ),
+                io.Int.Input(
+                    "rounds", default=2, min=0, max=10, tooltip="How often to cut and smooth. 0 is off; one is gentle."
+                ),
+                io.Float.Input(
+                    "keep",
+                    default=0.7,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Attention under this share of the word's strongest is cut. Higher keeps less; 0 cuts nothing.",
+                ),
+                io.Float.Input(
+                    "sigma",
+                    default=0.8,
+                    min=0.0,
+                    max=8.0,
+                    step=0.05,
+                    tooltip="How far what is left is smoothed, in cells of the layer's own grid. 0 is hard edges.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in sampling to begin: 0 is the first step, where things find their places.",
+                ),
+                io.Float.Input(
+                    "end_percent",
+                    default=1.0,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="Where in sampling to stop. Lower it if fine detail gets lost.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The steered model: connect it to a KSampler.")],
+        )
+
+    @classmethod
+    def execute(cls, model, rounds, keep, sigma, start_percent, end_percent, words=None) -> io.NodeOutput:
+        return io.NodeOutput(refine.apply(model, words, rounds, keep, sigma, start_percent, end_percent))

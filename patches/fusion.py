@@ -1,0 +1,55 @@
+"""Phrase fusion on ComfyUI models: one edit of the phrases' columns in every layer that attends to text."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from ..methods import fusion as maths
+from .attention import COND, Call, ModelPatcher, Request, request
+from .prompts import edit_own, guard, text_places
+from .regulation import T5
+from .sites import Heads
+
+if TYPE_CHECKING:
+    from ..language.words import Words
+
+METHOD = "Phrase Fusion"
+
+
+def groups(words: Words) -> tuple[tuple[int, ...], ...]:
+    """The columns that share their attention: those of each phrase, CLIP's apart from T5's, which read the prompt on their own."""
+    clip = words.total - words.counts.get(T5, 0)
+    parts = ([c for c in p.columns if (c < clip) is first] for p in words.phrases for first in (True, False))
+    return maths.joined(parts)
+
+
+def apply(model: ModelPatcher, words: Words, strength: float = 1.0, heads: Heads | None = None) -> ModelPatcher:
+    """A clone of ``model`` whose words of one phrase share their attention; with strength 0, or nothing to fuse, just a clone.
+
+    Args:
+        words: every phrase is fused, with all columns that it has.
+        heads: a selection to work on; None is every head of every layer that attends to text.
+
+    Raises:
+        ValueError: for no words, a strength outside [0, 1], a selection of another model, or a model without attention to text.
+    """
+    if not 0 <= strength <= 1:
+        raise ValueError(f"{METHOD}: strength must be from 0 to 1, not {strength:g}.")
+    if not words.phrases:
+        raise ValueError(f"{METHOD}: there are no words; name at least one phrase in Prompt Words.")
+    where = text_places(model, METHOD, heads)
+    fused = groups(words)
+    patched = model.clone()
+    if strength == 0 or not fused:
+        return patched
+    columns = tuple(sorted(c for group in fused for c in group))
+    matrix = maths.mixing([[columns.index(c) for c in group] for group in fused], len(columns), strength)
+
+    def edit(call: Call, weights: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        return edit_own(call, weights, lambda part: (maths.fuse(part, matrix), None))
+
+    request(patched, Request("edit", where, edit, rows=COND, columns=columns, period=words.total))
+    guard(patched, METHOD, words.total)
+    return patched

@@ -1,0 +1,75 @@
+"""What nodes with words have in common: the layers that attend to text, the prompt that the words are of, and its rows in a call."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import comfy.patcher_extension
+import torch
+from torch import Tensor
+
+from .attention import Call, ModelPatcher, model_sites
+from .regulation import prompt
+from .sites import Heads, check
+
+KEY = "attune_words"
+Where = dict[tuple[str, str], tuple[int, ...] | None]
+
+
+def text_places(model: ModelPatcher, method: str, heads: Heads | None = None) -> Where:
+    """Every place where image tokens attend to text, or those of a selection.
+
+    Raises:
+        ValueError: for a model without attention to text, or a selection of another model or of a layer without it.
+    """
+    family, sites = model_sites(model)
+    kind = "cross" if family == "unet" else "joint"
+    having = [s.name for s in sites if kind in s.kinds]
+    if not having:
+        raise ValueError(f"{method}: this model has no attention to text; connect a text-to-image model.")
+    if heads is None:
+        return {(name, kind): None for name in having}
+    chosen = check(heads, sites, family)
+    if without := [name for name in chosen if name not in having]:
+        raise ValueError(f"{method}: {without[0]} has no attention to text; choose other layers.")
+    return {(name, kind): numbers for name, numbers in chosen.items()}
+
+
+def guard(patched: ModelPatcher, method: str, total: int) -> None:
+    """Make words of another prompt an error before the first step of a run."""
+
+    def compare(executor: Any, *args: Any, **kwargs: Any) -> Any:
+        cond = prompt(getattr(executor.class_obj, "conds", {}))
+        context = None if cond is None else cond.get("cross_attn")
+        if isinstance(context, Tensor) and context.shape[1] != total:
+            raise ValueError(
+                f"{method}: these words are of a prompt with {total} token columns, and the sampler's positive prompt has "
+                f"{context.shape[1]}. Connect the same CLIP and the same text to Prompt Words and to CLIP Text Encode; prompts that "
+                "another node has joined or lengthened (Conditioning Concat, a style model) do not fit."
+            )
+        return executor(*args, **kwargs)
+
+    patched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, KEY, compare)
+
+
+def edit_own(
+    call: Call, weights: Tensor, edit: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+) -> tuple[Tensor, Tensor | None] | None:
+    """An ``edit`` of the rows whose prompt the words are of, among the conditional rows ``weights [R, H, M, T]``.
+
+    Outside a run, where prompts have no names, it is all of them.
+    """
+    chunks = [i for i, role in enumerate(call.chunks) if call.perturbed or role == 0]
+    cond = None if call.run is None else prompt(call.run.conds)
+    name = None if cond is None else cond.get("uuid")
+    mine = [n for n, i in enumerate(chunks) if name is None or call.uuids[i : i + 1] == (name,)]
+    if not mine:
+        return None
+    if len(mine) == len(chunks):
+        return edit(weights)
+    pictures = len(weights) // len(chunks)
+    rows = torch.tensor([n * pictures + i for n in mine for i in range(pictures)], device=weights.device)
+    new, factor = edit(weights[rows])
+    everywhere = torch.ones_like(weights[..., :1])
+    return weights.index_copy(0, rows, new), None if factor is None else everywhere.index_copy(0, rows, factor)
