@@ -86,7 +86,8 @@ class Request:
             - read: ``act(call, weights [R, h, M, T])``, or ``[R, M, T]`` with ``mean_heads``;
             - blend: ``act(call, out [R, h, M, d], value [R, h, N, d]) -> out``; ``N`` is ``M`` in self and joint attention.
         rows: ``cond``, ``uncond``, ``all``, or the number of one perturbation of our own perturbed pass (which may come in any
-            order, and not all in one batch). In that pass every row counts as conditional, and nothing is read.
+            order, and not all in one batch); a tuple is these pictures of whatever chunk of that pass. In it every row counts as
+            conditional, and nothing is read.
         span: when.
         columns: key columns ``[T]`` to edit or read: text columns in cross and joint attention, pixels in self-attention;
             ``None`` is all of them, `PIXELS` all image tokens of joint attention.
@@ -100,7 +101,7 @@ class Request:
     verb: str
     where: Mapping[tuple[str, str], tuple[int, ...] | None]
     act: Callable[..., Any]
-    rows: str | int = ALL
+    rows: str | int | tuple[int, ...] = ALL
     span: Span = Span()
     columns: tuple[int, ...] | str | None = None
     mean_heads: bool = False
@@ -147,10 +148,14 @@ class Run:
 
 @dataclass(frozen=True)
 class Pass:
-    """A forward of our own, beside the normal one: its own requests, and whether it may replay a recorded prefix."""
+    """A forward of our own, beside the normal one: its own requests, and whether it may replay a recorded prefix.
+
+    ``rows`` says which of the normal forward's pictures each of its own is; None: the same ones.
+    """
 
     requests: tuple[Request, ...]
     replay_before: tuple[str, int] | None = None
+    rows: tuple[int, ...] | None = None
 
 
 @dataclass(frozen=True)
@@ -187,11 +192,13 @@ class Call:
     step: int | None
     run: Run | None
 
-    def rows(self, who: str | int) -> slice | list[int]:
+    def rows(self, who: str | int | tuple[int, ...]) -> slice | list[int]:
         """Row numbers of a role; a slice where it is everything."""
         size = self.batch // len(self.chunks)
         if who == ALL or (who == COND and self.perturbed):
             return slice(0, self.batch)
+        if isinstance(who, tuple):
+            return [i * size + j for i in range(len(self.chunks)) for j in who] if self.perturbed else []
         if self.perturbed != isinstance(who, int):  # roles belong to the normal pass, numbers to a perturbed one
             return []
         wanted = who if isinstance(who, int) else 0 if who == COND else 1
@@ -224,6 +231,11 @@ def install(model: ModelPatcher) -> None:
     for kind, wrapper in ((wrappers.OUTER_SAMPLE, _outer_sample), (wrappers.APPLY_MODEL, _apply_model)):
         if not model.wrappers.get(kind, {}).get(KEY):
             model.add_wrapper_with_key(kind, KEY, wrapper)
+
+
+def step_at(sigma: Tensor, schedule: Tensor) -> int:
+    """Number of the sampling step that the noise level ``sigma`` is of; an evaluation between two steps is of the first."""
+    return int((schedule >= sigma.flatten()[0] * (1 - 1e-6)).sum()) - 1
 
 
 def with_pass(model_options: dict[str, Any], own: Pass) -> dict[str, Any]:
@@ -283,7 +295,7 @@ def _apply_model(
         if run is not None and prefixes:
             stack.enter_context(run.prefixes.record(base.diffusion_model, prefixes, x, options))
         if run is not None and own is not None and own.replay_before is not None:
-            stack.enter_context(run.prefixes.replay(base.diffusion_model, own.replay_before, x, options))
+            stack.enter_context(run.prefixes.replay(base.diffusion_model, own.replay_before, x, options, own.rows))
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
 
 
@@ -471,7 +483,7 @@ class Forward:
         sigmas, schedule = self.options.get("sigmas"), self.options.get("sample_sigmas")
         if sigmas is None or schedule is None:
             return None
-        return int((schedule >= sigmas.flatten()[0] * (1 - 1e-6)).sum()) - 1
+        return step_at(sigmas, schedule)
 
     # --- serving a call ---
 

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from torch import Tensor, cat, equal, nn
+from torch import Tensor, cat, equal, nn, tensor
 
 PREFIXES = "attune_prefixes"  # in transformer_options: ((span, block), …) that perturbed passes will replay up to
 Block = tuple[str, int]
@@ -61,9 +61,14 @@ class Prefix:
     x: Tensor
     outputs: dict[Block, tuple[Tensor, ...]] = field(default_factory=dict)
 
-    def fits(self, sigma: Tensor, x: Tensor) -> bool:
-        """Whether it was recorded from this very input."""
-        return self.x.shape == x.shape and equal(self.sigma, sigma) and equal(self.x, x)
+    def fits(self, sigma: Tensor, x: Tensor, rows: Tensor | None = None) -> bool:
+        """Whether it was recorded from this very input, of which ``x`` may be some ``rows``."""
+        mine, level = self.x, self.sigma
+        if rows is not None:
+            if int(rows.max()) >= len(mine):
+                return False
+            mine, level = mine[rows], level[rows] if len(level) == len(self.x) else level
+        return mine.shape == x.shape and equal(level, sigma) and equal(mine, x)
 
 
 class _Replay(nn.Module):
@@ -126,11 +131,14 @@ class Prefixes:
         return hook
 
     @contextlib.contextmanager
-    def replay(self, diffusion_model: nn.Module, until: Block, x: Tensor, options: dict[str, Any]) -> Iterator[None]:
-        """Run one forward in which all blocks before ``until`` return what was recorded, if it was."""
+    def replay(
+        self, diffusion_model: nn.Module, until: Block, x: Tensor, options: dict[str, Any], rows: Sequence[int] | None = None
+    ) -> Iterator[None]:
+        """Run one forward in which all blocks before ``until`` return what was recorded, if it was; ``rows`` of it, if given."""
         order = blocks(diffusion_model)
         before = order[: order.index(until)]
-        recorded = self._recorded(_needed(diffusion_model, until), x, options)
+        which = None if rows is None else tensor(rows, device=x.device)
+        recorded = self._recorded(_needed(diffusion_model, until), x, options, which)
         if recorded is None:
             if before and not self.told:
                 logging.info("Attune: the perturbed pass runs in full, since its input was not met in the normal pass")
@@ -155,7 +163,9 @@ class Prefixes:
             for parent, name, module in originals:
                 parent._modules[name] = module
 
-    def _recorded(self, needed: list[Block], x: Tensor, options: dict[str, Any]) -> dict[Block, tuple[Tensor, ...]] | None:
+    def _recorded(
+        self, needed: list[Block], x: Tensor, options: dict[str, Any], rows: Tensor | None = None
+    ) -> dict[Block, tuple[Tensor, ...]] | None:
         uuids = list(options.get("uuids") or ())
         if not needed or not uuids:
             return None
@@ -164,7 +174,13 @@ class Prefixes:
         for i, uuid in enumerate(uuids):
             part = x[i * size : (i + 1) * size]
             prefix = self.held.get(uuid)
-            if prefix is None or not prefix.outputs.keys() >= set(needed) or not prefix.fits(options["sigmas"], part):
+            if prefix is None or not prefix.outputs.keys() >= set(needed) or not prefix.fits(options["sigmas"], part, rows):
                 return None
             found.append(prefix)
-        return {b: tuple(cat(parts) for parts in zip(*(p.outputs[b] for p in found), strict=True)) for b in needed}
+
+        def of(t: Tensor) -> Tensor:
+            return t if rows is None else t[rows]
+
+        return {
+            b: tuple(cat([of(t) for t in parts]) for parts in zip(*(p.outputs[b] for p in found), strict=True)) for b in needed
+        }
