@@ -256,14 +256,14 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--composition", action="store_true")
     parser.add_argument("--premise", action="store_true")
     parser.add_argument("--finish", choices=detail.FINISH, default=detail.FINISH[0])
-    for name, kind in (
+    for name, of in (
         ("share_until", float),
         ("share_max_tokens", int),
         ("mask_threshold", float),
         ("optimize_steps", int),
         ("step_size", float),
     ):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, default=getattr(Settings(), name))
+        parser.add_argument(f"--{name.replace('_', '-')}", type=of, default=getattr(Settings(), name))
     own, rest = parser.parse_known_args(argv)
     if not own.effect_only or rest:
         cost(rest)

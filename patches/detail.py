@@ -431,10 +431,8 @@ class Guider(comfy.samplers.CFGGuider):
         self.parts.clear()
         n, total = self.session.pictures, self.session.pictures * self.session.total
         rows = torch.tensor([*range(total - n), *range(n)])
-        self.conds = {
-            **self.conds,
-            "positive": [{**cond, "model_conds": _chosen(cond, total, rows)} for cond in self.conds["positive"]],
-        }
+        known: dict[str, list[dict[str, Any]]] = self.__dict__["conds"]
+        self.conds = {**known, "positive": [{**c, "model_conds": _chosen(c, total, rows)} for c in known["positive"]]}
 
     def predict_noise(self, x: Tensor, timestep: Tensor, model_options: Any = None, seed: int | None = None) -> Tensor:
         session = self.session

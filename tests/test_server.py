@@ -60,16 +60,16 @@ def test_an_example_fits_comfyui(path, info):
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
 def test_an_example_runs(path, info, server):
-    """Two steps and one picture are enough to see that ComfyUI accepts it and every node works."""
+    """Two steps and two pictures are enough to see that ComfyUI accepts it and every node works."""
     prompt = to_prompt(read(path), info)
     if missing := missing_files(prompt, info):
         pytest.skip(f"needs {', '.join(missing)}")
     for node in prompt.values():
-        few = {"steps": 2, "batch_size": 1}
-        node["inputs"] |= {name: few[name] for name, value in node["inputs"].items() if name in few and isinstance(value, int)}
+        inputs = node["inputs"]
+        inputs |= {name: 2 for name in ("steps", "batch_size") if isinstance(inputs.get(name), int) and inputs[name] > 2}
     pictures, steps = _run(server, prompt)
     saving = [number for number, node in prompt.items() if node["class_type"] == "SaveImage"]
-    assert saving and all(len(pictures[number]) == 1 for number in saving)
+    assert saving and all(pictures[number] for number in saving)
     assert any(value == total == 2 for _, value, total in steps)
 
 
