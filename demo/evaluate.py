@@ -35,9 +35,21 @@ class Variant:
 
 @torch.inference_mode()
 def generate(
-    patched: Any, clip: Any, vae: Any, texts: Sequence[str], cfg: float, seed: int, steps: int = 20, batch: int = 25
+    patched: Any,
+    clip: Any,
+    vae: Any,
+    texts: Sequence[str],
+    cfg: float,
+    seed: int,
+    steps: int = 20,
+    batch: int = 25,
+    after: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Pictures ``[B, 128, 128, 3]`` in [0, 1] with euler; picture ``i`` starts from the noise of seed ``seed + i``."""
+    """Pictures ``[B, 128, 128, 3]`` in [0, 1] with euler; picture ``i`` starts from the noise of seed ``seed + i``.
+
+    Args:
+        after: what is done to finished latents.
+    """
     out = []
     empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
     for start in range(0, len(texts), batch):
@@ -49,7 +61,7 @@ def generate(
         samples = comfy.sample.sample(
             patched, noise, steps, cfg, "euler", "normal", positive, empty, latent, seed=seed, disable_pbar=True
         )
-        out.append(vae.decode(samples))
+        out.append(vae.decode(samples if after is None else after(samples)))
     return torch.cat(out)
 
 
@@ -68,7 +80,7 @@ def interval(hits: int, number: int) -> tuple[float, float]:
     return middle - half, middle + half
 
 
-def paired(before: Sequence[bool], after: Sequence[bool]) -> tuple[float, float, float]:
+def paired(before: Sequence[float], after: Sequence[float]) -> tuple[float, float, float]:
     """Mean difference of two answers to the same prompts, with its 95 % interval."""
     differences = torch.tensor(after, dtype=torch.float64) - torch.tensor(before, dtype=torch.float64)
     mean, half = float(differences.mean()), 1.96 * float(differences.std()) / math.sqrt(len(differences))

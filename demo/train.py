@@ -1,4 +1,4 @@
-"""Train the bundled model, stage by stage: autoencoder, text encoder (contrastive), denoiser, export.
+"""Train the bundled model, stage by stage: autoencoder, text encoder (contrastive), denoiser, export; and then its scorer.
 
 Every stage is checkpointed and goes on where it stopped; a stage that is finished is skipped.
 """
@@ -168,10 +168,10 @@ def normalise(autoencoder: nn.Module, source: Iterator[world.Scene], count: int 
 # --- the pool: scenes with their latents, for the next two stages ----------------------------------------------------
 
 
-def make_pool(autoencoder: nn.Module, number: int) -> tuple[Tensor, list[world.Scene]]:
+def make_pool(autoencoder: nn.Module, number: int, split: str = "train") -> tuple[Tensor, list[world.Scene]]:
     """``float16 [number, 4, 16, 16]`` latents of deviation 1, and their scenes; kept on disk."""
-    path = CHECKPOINTS / "pool.pt"
-    source = world.scenes("train", 1)
+    path = CHECKPOINTS / ("pool.pt" if split == "train" else f"pool_{split}.pt")
+    source = world.scenes(split, 1)
     scenes = take(source, number)
     if path.exists():
         latents = torch.load(path, weights_only=True)
@@ -453,8 +453,13 @@ def main(argv: list[str]) -> int:
         action="store_true",
         help="keep the shipped autoencoder and text encoder, train the denoiser on",
     )
+    parser.add_argument("--scorer-minutes", type=float, default=15, help="the dual encoder that scores pictures")
+    parser.add_argument("--only-scorer", action="store_true", help="keep the shipped model, train only its scorer")
     args = parser.parse_args(argv)
     torch.manual_seed(0)
+    if args.only_scorer:
+        _scorer(args.pool, args.scorer_minutes, argv)
+        return 0
     words = Words()
     if args.go_on:
         shipped = model.stored()
@@ -471,4 +476,18 @@ def main(argv: list[str]) -> int:
     start = shipped["denoiser"] if args.go_on else None
     denoiser = train_denoiser(latents, scenes, text, args.denoiser_minutes, words, start)
     export(autoencoder, text, denoiser, words, "run.py train " + " ".join(argv))
+    _scorer(args.pool, args.scorer_minutes, argv)
     return 0
+
+
+def _scorer(pool: int, minutes: float, argv: list[str]) -> None:
+    """Train the scorer on latents of the shipped autoencoder, and write its file."""
+    from . import model, scorer, scorer_training
+
+    autoencoder = model.autoencoder().eval()
+    autoencoder.load_state_dict(model.stored()["autoencoder"])
+    pools = [make_pool(autoencoder, pool), make_pool(autoencoder, pool // 8, "tune")]
+    latents, scenes = torch.cat([p[0] for p in pools]), [s for p in pools for s in p[1]]
+    encoder = scorer_training.train_scorer(latents, scenes, minutes)
+    scorer.store(encoder, scorer.WEIGHTS, "run.py train " + " ".join(argv))
+    print(f"saved {scorer.WEIGHTS}: {scorer.WEIGHTS.stat().st_size / 1e6:.1f} MB", flush=True)

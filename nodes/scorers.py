@@ -1,0 +1,110 @@
+"""Scorers: models that say how well a picture shows a text."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..patches.scorers import SCORERS, ClipScorer, PreferenceScorer, fingerprint, folders
+
+AttuneScorerType = io.Custom("ATTUNE_SCORER")
+NONE = "(none yet)"
+
+
+def model_folders(kind: str) -> list[str]:
+    """Names for a menu; it must never be empty."""
+    return list(folders(kind)) or [NONE]
+
+
+class AttuneClipScorer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AttuneClipScorer",
+            display_name="CLIP Scorer",
+            category="Attune",
+            description="How well a picture shows a text, by a CLIP or SigLIP model of yours. Nothing is downloaded.",
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=model_folders(SCORERS),
+                    tooltip=f"A folder in models/{SCORERS} with a whole CLIP or SigLIP model as Hugging Face has it: config.json, "
+                    "model.safetensors, tokenizer and preprocessor files. Press R after adding one.",
+                )
+            ],
+            outputs=[
+                AttuneScorerType.Output(
+                    display_name="scorer",
+                    tooltip="Gives cosines, usually 0.15 to 0.35 with CLIP; for Score Images and the rest.",
+                )
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder) -> str:
+        return fingerprint(SCORERS, folder)
+
+    @classmethod
+    def execute(cls, folder) -> io.NodeOutput:
+        return io.NodeOutput(ClipScorer(folder))
+
+
+class AttunePreferenceScorer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AttunePreferenceScorer",
+            display_name="Preference Scorer",
+            category="Attune",
+            description="Which picture people would prefer for a text, by a model tuned on people's choices, such as PickScore. Nothing is "
+            "downloaded.",
+            inputs=[
+                io.Combo.Input(
+                    "folder",
+                    options=model_folders(SCORERS),
+                    tooltip=f"A folder in models/{SCORERS} with PickScore or another preference-tuned CLIP as Hugging Face has it; or a CLIP "
+                    "with a head.safetensors beside it, an MLP on its vectors.",
+                )
+            ],
+            outputs=[
+                AttuneScorerType.Output(
+                    display_name="scorer",
+                    tooltip="Gives rewards: higher is preferred. Only differences between pictures of one text mean something.",
+                )
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, folder) -> str:
+        return fingerprint(SCORERS, folder)
+
+    @classmethod
+    def execute(cls, folder) -> io.NodeOutput:
+        return io.NodeOutput(PreferenceScorer(folder))
+
+
+class AttuneDemoScorer(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AttuneDemoScorer",
+            display_name="Demo Scorer (shapes)",
+            category="Attune",
+            description="How well a picture shows a text, for pictures of the bundled demo model: a small CLIP of its world of shapes, or "
+            "the reader that names what a picture shows. Comes with the pack.",
+            inputs=[
+                io.Combo.Input(
+                    "kind",
+                    options=["similarity", "all present", "all bound"],
+                    default="similarity",
+                    tooltip="similarity: the cosine of picture and text, as CLIP's. all present: 1 if every thing that the text names is "
+                    "there, else 0. all bound: 1 if every thing is there with its colour and pattern, else 0.",
+                )
+            ],
+            outputs=[AttuneScorerType.Output(display_name="scorer", tooltip="For pictures of the demo model only.")],
+        )
+
+    @classmethod
+    def execute(cls, kind="similarity") -> io.NodeOutput:
+        from ..demo.scorer import scorer
+
+        return io.NodeOutput(scorer(kind))
