@@ -1,0 +1,116 @@
+"""Semantic Gate: words speak as loudly as the picture shows what they say."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..patches import gate
+from .scorers import AttuneScorerType
+from .words import AttuneWordsType
+
+
+class AttuneSemanticGate(io.ComfyNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AttuneSemanticGate",
+            display_name="Semantic Gate",
+            category="Attune",
+            description="Looks at the picture while it forms, scores how well it shows each phrase, and turns down the words that it does not "
+            "show, or turns up those that it neglects.",
+            inputs=[
+                io.Model.Input(
+                    "model",
+                    tooltip="The model to steer. LoRAs, ControlNets and guidance on it stay; connect the output to the sampler.",
+                ),
+                AttuneWordsType.Input(
+                    "words",
+                    tooltip="The phrases to score: from Prompt Words, with the text and the CLIP of the positive prompt. Each is scored as "
+                    "written there (“a red car”).",
+                ),
+                AttuneScorerType.Input("scorer", tooltip="Says how well a picture shows a text: from a scorer node."),
+                io.Vae.Input(
+                    "vae",
+                    optional=True,
+                    tooltip="Decodes the picture as far as it has come. Open: ComfyUI's quick preview, coarse but free.",
+                ),
+                io.Float.Input(
+                    "threshold",
+                    default=0.22,
+                    min=-1000.0,
+                    max=1000.0,
+                    step=0.01,
+                    round=0.0001,
+                    tooltip="The score at which a phrase's gate is half open. Scorers differ: CLIP gives about 0.2 to 0.3. The node shows the "
+                    "scores while it runs; put the threshold among them.",
+                ),
+                io.Float.Input(
+                    "softness",
+                    default=0.02,
+                    min=0.0,
+                    max=1000.0,
+                    step=0.01,
+                    round=0.0001,
+                    tooltip="How gradually the gate opens around the threshold, in the scorer's units. 0 is all or nothing.",
+                ),
+                io.Int.Input(
+                    "every",
+                    default=5,
+                    min=1,
+                    max=10000,
+                    tooltip="Steps from one look to the next. Each costs a decode and a score.",
+                ),
+                io.Float.Input(
+                    "start_percent",
+                    default=0.2,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="From here on, as a part of sampling: before, the picture shows nothing yet.",
+                ),
+                io.Float.Input(
+                    "end_percent", default=0.8, min=0.0, max=1.0, step=0.01, tooltip="Until here, as a part of sampling."
+                ),
+                io.Float.Input(
+                    "floor",
+                    default=0.3,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="What is left of the attention to a phrase that is not seen at all. 1 is off, 0 silences it. With invert, its "
+                    "attention grows up to 1 / floor times.",
+                ),
+                io.Combo.Input(
+                    "mode",
+                    options=list(gate.MODES),
+                    default=gate.DAMP,
+                    optional=True,
+                    tooltip="damp: words that the picture does not show are turned down and spoil nothing. invert: they are turned up, "
+                    "so that what is neglected gets drawn.",
+                ),
+            ],
+            outputs=[io.Model.Output(display_name="model", tooltip="The steered model: connect it to a KSampler.")],
+            hidden=[io.Hidden.unique_id],
+        )
+
+    @classmethod
+    def execute(
+        cls,
+        model,
+        words,
+        scorer,
+        vae=None,
+        threshold=0.22,
+        softness=0.02,
+        every=5,
+        start_percent=0.2,
+        end_percent=0.8,
+        floor=0.3,
+        mode=gate.DAMP,
+    ) -> io.NodeOutput:
+        node = getattr(cls.hidden, "unique_id", None)
+        return io.NodeOutput(
+            gate.apply(
+                model, words, scorer, vae, threshold, softness, every, start_percent, end_percent, floor, mode, node=node
+            )
+        )

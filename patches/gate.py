@@ -1,0 +1,195 @@
+"""Semantic gate on ComfyUI models: the estimate of the picture is decoded and scored now and then, an edit carries the gates to attention."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import comfy.latent_formats
+import comfy.model_management
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..methods import gate as maths
+from .attention import COND, RUN, Call, ModelPatcher, Request, Run, Span, request, step_at
+from .maps import tell
+from .prompts import edit_own, guard, text_places
+from .scorers import Scorer
+from .sites import Heads
+
+if TYPE_CHECKING:
+    from ..language.words import Words
+
+METHOD = "Semantic Gate"
+DAMP, INVERT = MODES = ("damp", "invert")
+PREVIEW = 8  # pixels of a picture per latent pixel of a preview
+
+
+@dataclass
+class _State:
+    """Of one run: the step that was scored first and last, and the gain of every column since then."""
+
+    first: int | None = None
+    step: int | None = None
+    gain: Tensor | None = None  # [pictures, T]
+
+
+@dataclass(frozen=True)
+class _Method:
+    texts: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...]
+    count: int
+    scorer: Scorer
+    vae: Any
+    threshold: float
+    softness: float
+    floor: float
+    every: int
+    span: Span
+    mode: str
+    node: str | None
+    key: object = field(default_factory=object)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Method:
+        """Cloning a model copies what is on it: not the scorer and the VAE."""
+        return self
+
+    def look(self, args: Mapping[str, Any]) -> Tensor:
+        """A post-CFG function: scores the estimate where it is time to, and changes nothing itself."""
+        denoised, options = args["denoised"], args["model_options"].get("transformer_options", {})
+        run: Run | None = options.get(RUN)
+        schedule = options.get("sample_sigmas")
+        if run is None or schedule is None:
+            return denoised
+        sampling = args["model"].model_sampling
+        step = step_at(args["sigma"], schedule)
+        state: _State = run.state.setdefault(self.key, _State())
+        last = step + 2 >= len(schedule) or not self.span.holds(schedule[step + 1], sampling)
+        if step == state.step or last or not self.span.holds(args["sigma"], sampling):
+            return denoised  # scored already, or nothing to come that a score would change
+        if state.first is None:
+            state.first = step
+        if (step - state.first) % self.every:
+            return denoised
+        comfy.model_management.throw_exception_if_processing_interrupted()
+        scores = self.scorer.scores(self._picture(denoised, args["model"]), list(self.texts))
+        # Decoding and scoring may have taken the room of the model that is being sampled.
+        comfy.model_management.load_models_gpu([args["model"].current_patcher, *self.models])
+        gate = maths.gates(scores.float(), self.threshold, self.softness, self.floor)
+        gain = maths.of_columns(gate, self.members, self.count)
+        state.step, state.gain = step, gain if self.mode == DAMP else 1 / gain
+        said = ", ".join(
+            f"{t} {s:.3g} → {g:.2f}" for t, s, g in zip(self.texts, scores[0].tolist(), gate[0].tolist(), strict=True)
+        )
+        tell(self.node, f"{METHOD}, step {step + 1} of {len(schedule) - 1}: {said}")
+        return denoised
+
+    @property
+    def models(self) -> list[ModelPatcher]:
+        """What should stay loaded beside the model."""
+        return [*self.scorer.models, *([] if self.vae is None else [self.vae.patcher])]
+
+    def _picture(self, denoised: Tensor, base: Any) -> Tensor:
+        """The estimate as pictures ``[B, h, w, 3]`` in [0, 1]: decoded, or by the linear map that ComfyUI's previews use."""
+        if self.vae is not None:
+            return self.vae.decode(base.process_latent_out(denoised))
+        factors, bias = preview(base.latent_format)
+        flat = F.linear(denoised.float().movedim(1, -1), factors.to(denoised.device).T, bias.to(denoised.device))
+        small = ((flat + 1) / 2).clamp(0, 1)
+        return small.repeat_interleave(PREVIEW, dim=1).repeat_interleave(PREVIEW, dim=2)
+
+    def edit(self, call: Call, weights: Tensor) -> tuple[Tensor, Tensor | None] | None:
+        """An ``edit`` request, from the evaluation after a score on."""
+        state: _State | None = None if call.run is None else call.run.state.get(self.key)
+        if state is None or state.gain is None or bool((state.gain == 1).all()):
+            return None
+        gain = state.gain
+
+        def change(part: Tensor) -> tuple[Tensor, Tensor | None]:
+            if len(part) % len(gain):
+                raise RuntimeError(f"{METHOD}: the sampler changed how many pictures it makes at once; take the node out.")
+            return maths.scaled(part, gain.to(part).repeat(len(part) // len(gain), 1))
+
+        return edit_own(call, weights, change)
+
+
+def preview(latent_format: Any) -> tuple[Tensor, Tensor]:
+    """ComfyUI's linear map from a latent to colours: factors ``[channels, 3]`` and bias ``[3]``.
+
+    Raises:
+        ValueError: for latents that have none.
+    """
+    factors = getattr(latent_format, "latent_rgb_factors", None)
+    if (
+        factors is None
+        or getattr(latent_format, "latent_rgb_factors_reshape", None) is not None
+        or latent_format.latent_dimensions != 2
+    ):
+        raise ValueError(f"{METHOD}: there is no quick preview for this model's latents; connect the VAE.")
+    bias = getattr(latent_format, "latent_rgb_factors_bias", None)
+    return torch.tensor(factors), torch.zeros(3) if bias is None else torch.tensor(bias)
+
+
+def apply(
+    model: ModelPatcher,
+    words: Words,
+    scorer: Scorer,
+    vae: Any = None,
+    threshold: float = 0.22,
+    softness: float = 0.02,
+    every: int = 5,
+    start_percent: float = 0.2,
+    end_percent: float = 0.8,
+    floor: float = 0.3,
+    mode: str = DAMP,
+    heads: Heads | None = None,
+    node: str | None = None,
+) -> ModelPatcher:
+    """A clone of ``model`` whose attention to phrases follows how well they are seen; with ``floor`` 1, just a clone.
+
+    Each picture of a batch has its own gates. They hold from the evaluation after a score until the next score, inside the span.
+
+    Args:
+        vae: decodes the estimate; None takes ComfyUI's latent preview, which is coarse but costs nothing.
+        every: steps from one score to the next.
+        heads: a selection to work on; None is every head of every layer that attends to text.
+        node: the editor's node that tells the scores.
+
+    Raises:
+        ValueError: for no words, settings out of range, a VAE of another model, no preview where there is no VAE, or a model without
+            attention to text.
+    """
+    span = Span.checked(METHOD, start_percent, end_percent)
+    if mode not in MODES:
+        raise ValueError(f"{METHOD}: mode must be one of {', '.join(MODES)}, not “{mode}”.")
+    if not 0 <= floor <= 1 or (mode == INVERT and floor == 0):
+        raise ValueError(
+            f"{METHOD}: floor must be from 0 to 1, and above 0 to invert (0.3 boosts up to 3.3 times); it is {floor:g}."
+        )
+    if every < 1 or softness < 0:
+        raise ValueError(f"{METHOD}: every must be at least 1 and softness at least 0; they are {every} and {softness:g}.")
+    if not words.phrases:
+        raise ValueError(f"{METHOD}: there are no words to score; name at least one in Prompt Words.")
+    latent_format = model.get_model_object("latent_format")
+    if vae is None:
+        preview(latent_format)
+    elif getattr(vae, "latent_channels", latent_format.latent_channels) != latent_format.latent_channels:
+        raise ValueError(
+            f"{METHOD}: this VAE has latents of {vae.latent_channels} channels, the model's have {latent_format.latent_channels}; connect the "
+            "VAE that belongs to the model."
+        )
+    where = text_places(model, METHOD, heads)
+    patched = model.clone()
+    if floor == 1:
+        return patched
+    columns = tuple(sorted({c for phrase in words.phrases for c in phrase.columns}))
+    members = tuple(tuple(columns.index(c) for c in phrase.columns) for phrase in words.phrases)
+    texts = tuple(phrase.text for phrase in words.phrases)
+    method = _Method(texts, members, len(columns), scorer, vae, threshold, softness, floor, every, span, mode, node)
+    request(patched, Request("edit", where, method.edit, rows=COND, span=span, columns=columns, period=words.total))
+    guard(patched, METHOD, words.total)
+    patched.set_model_sampler_post_cfg_function(method.look)
+    patched.set_additional_models(f"attune_gate_{id(method)}", method.models)
+    return patched
