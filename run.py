@@ -9,6 +9,7 @@ COMMANDS = {
     "train": ("demo.train", "train the bundled model"),
     "evaluate": ("demo.evaluate", "measure how well a model draws what its prompts say"),
     "evaluator": ("demo.evaluator", "train or check the reader of pictures that evaluate uses"),
+    "hunt": ("nodes.hunt", "search for attention heads as a config file says, here or on a Ray cluster"),
     "bench": ("benchmarks.<name>", "run one of the benchmarks, by name"),
 }
 

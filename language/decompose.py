@@ -92,11 +92,12 @@ class Branches:
         """The base, then a line for each branch as manual takes it: “car | a red car and a bench”."""
         lines = [f"base: {self.branches[0].text}"]
         for branch in self.branches[1:]:
-            lines.append(f"{', '.join(map(_place, branch.subjects)) or '*'} | {' '.join(branch.text.split())}")
+            lines.append(f"{', '.join(map(place, branch.subjects)) or '*'} | {' '.join(branch.text.split())}")
         return "\n".join(lines)
 
 
-def _place(subject: Subject) -> str:
+def place(subject: Subject) -> str:
+    """A subject as manual takes it: the second car is “car #2”."""
     return subject.text if not subject.occurrence else f"{subject.text} #{subject.occurrence + 1}"
 
 

@@ -7,12 +7,20 @@ from comfy_api.latest import ComfyExtension, io
 from .decompose import AttuneDecompose
 from .demo import AttuneDemoModel
 from .detail import AttuneDetailSampler, AttuneEncodeBranches
+from .fusion import AttunePhraseFusion
+from .gate import AttuneSemanticGate
+from .headfilter import AttuneHeadFilter
+from .headhunter import AttuneHeadHunter, AttuneLoadHeads, AttunePromptList, AttuneSaveHeads
 from .heads import AttuneHeads
 from .maps import AttuneAttentionMaps, AttuneSegmentation, AttuneShowMaps
+from .refine import AttuneRefineMaps
 from .regulation import AttuneRegulation
 from .scb import AttuneSCBPrompts
 from .scfg import AttuneSemanticCFG
+from .score import AttuneDiversity, AttuneSCBScore, AttuneScore
+from .scorers import AttuneClipScorer, AttuneDemoScorer, AttunePreferenceScorer
 from .softpag import AttuneSoftPAG
+from .structure import AttuneStructureRefine
 from .words import AttuneWords
 
 
@@ -22,16 +30,31 @@ class Attune(ComfyExtension):
     async def get_node_list(self) -> list[type[io.ComfyNode]]:
         return [
             AttuneAttentionMaps,
+            AttuneClipScorer,
             AttuneDecompose,
             AttuneDemoModel,
+            AttuneDemoScorer,
             AttuneDetailSampler,
+            AttuneDiversity,
             AttuneEncodeBranches,
+            AttuneHeadFilter,
+            AttuneHeadHunter,
             AttuneHeads,
+            AttuneLoadHeads,
+            AttunePhraseFusion,
+            AttunePreferenceScorer,
+            AttunePromptList,
+            AttuneRefineMaps,
             AttuneRegulation,
             AttuneSCBPrompts,
+            AttuneSCBScore,
+            AttuneSaveHeads,
+            AttuneScore,
             AttuneSegmentation,
             AttuneSemanticCFG,
+            AttuneSemanticGate,
             AttuneShowMaps,
             AttuneSoftPAG,
+            AttuneStructureRefine,
             AttuneWords,
         ]

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..language.decompose import GRANULARITIES, ORDERS, decompose
+from . import browser
 
 AttuneBranchesType = io.Custom("ATTUNE_BRANCHES")
 
@@ -64,4 +65,4 @@ class AttuneDecompose(io.ComfyNode):
     @classmethod
     def execute(cls, text, granularity="attribute", order="simple first", remove_then_add=True, manual="") -> io.NodeOutput:
         found = decompose(text, granularity, order, remove_then_add, manual)
-        return io.NodeOutput(found, found.summary)
+        return io.NodeOutput(found, found.summary, ui=browser.branches(found, remove_then_add))

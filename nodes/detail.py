@@ -77,7 +77,8 @@ def encode(clip: Any, branches: Branches, released: bool = False) -> list[Any]:
     for index, branch in enumerate(parts):
         places, layout = _places(clip, parts, index, released)
         for context, options in clip.encode_from_tokens_scheduled(clip.tokenize(branch.text)):
-            known = detail.Branch(index, len(parts), context.shape[1], tuple(places), tuple(layout))
+            name = ", ".join(subject.text for subject in branch.subjects)
+            known = detail.Branch(index, len(parts), context.shape[1], tuple(places), tuple(layout), name)
             out.append([context, {**options, detail.BRANCH: known}])
     return out
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..patches import layouts
 from ..patches.attention import model_sites
 from ..patches.sites import select
 
@@ -41,6 +42,5 @@ class AttuneHeads(io.ComfyNode):
         family, sites = model_sites(model)
         heads = select(selection, sites, family)
         total = sum(site.heads for site in sites)
-        return io.NodeOutput(
-            heads, f"{len(heads)} of {total} heads in {len(heads.chosen)} of {len(sites)} layers: {heads.text}"
-        )
+        summary = f"{len(heads)} of {total} heads in {len(heads.chosen)} of {len(sites)} layers: {heads.text}"
+        return io.NodeOutput(heads, summary, ui=layouts.shown(sites, family, heads))

@@ -101,6 +101,7 @@ class AttuneRegulation(io.ComfyNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The regulated model: connect it to a KSampler.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -135,5 +136,6 @@ class AttuneRegulation(io.ComfyNode):
                 decay,
                 start_percent,
                 end_percent,
+                cls.hidden.unique_id,
             )
         )

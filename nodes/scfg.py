@@ -89,12 +89,13 @@ class AttuneSemanticCFG(io.ComfyNode):
                     tooltip="The attention it used (mean of its steps), for Show Attention Maps and Segmentation.",
                 ),
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(
         cls, model, reference, min_ratio, max_ratio, max_scale, completion, smoothing, start_percent, end_percent
     ) -> io.NodeOutput:
-        return io.NodeOutput(
-            *scfg.apply(model, reference, min_ratio, max_ratio, max_scale, completion, smoothing, start_percent, end_percent)
-        )
+        ratios = (min_ratio, max_ratio, max_scale)
+        span = (start_percent, end_percent)
+        return io.NodeOutput(*scfg.apply(model, reference, *ratios, completion, smoothing, *span, node=cls.hidden.unique_id))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..language.words import prompt_words
+from ..patches import live
+from . import browser
 
 AttuneWordsType = io.Custom("ATTUNE_WORDS")
 
@@ -42,4 +44,5 @@ class AttuneWords(io.ComfyNode):
     @classmethod
     def execute(cls, clip, text, words="") -> io.NodeOutput:
         found = prompt_words(clip, text, words)
-        return io.NodeOutput(found, found.summary)
+        live.remember(found)
+        return io.NodeOutput(found, found.summary, ui=browser.words(found))

@@ -36,6 +36,7 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ..methods import detail as maths
+from . import live
 from .attention import COND, KEY, Call, ModelPatcher, Pass, Request, Source, install, model_sites, with_pass
 from .reuse import blocks
 from .sites import Site
@@ -95,6 +96,7 @@ class Branch:
         tokens: columns of its prompt.
         subjects: whose regions its details go to; none is the whole picture.
         layout: columns of its subjects in the base's prompt, for the optimisation; none where they are not in it.
+        name: of its subjects, for people.
     """
 
     index: int
@@ -102,6 +104,7 @@ class Branch:
     tokens: int
     subjects: tuple[Place, ...] = ()
     layout: tuple[tuple[int, ...], ...] = ()
+    name: str = ""
 
 
 @dataclass(frozen=True)
@@ -275,6 +278,7 @@ class Session:
     Attributes:
         total: branches; ``pictures``: of each; ``latent``: height and width.
         shared: the steps that share and blend.
+        names: of the branches with a subject.
         now: the branches in the forward that is going on.
     """
 
@@ -286,6 +290,7 @@ class Session:
     read_at: tuple[Site, ...]
     share_at: tuple[Site, ...]
     layouts: list[_Layout]
+    names: dict[int, str] = field(default_factory=dict)
     guider: Guider = field(init=False)
     now: range = field(init=False)
     reading: bool = False
@@ -559,6 +564,11 @@ class Blending:
         denoised = self.model(x, sigma, **{**kwargs, "model_options": {**options, "transformer_options": asked}})
         if first:
             session.current = session.masks(x.device)
+            if session.names and live.listening():
+                shown = session.current[[i - 1 for i in session.names], 0, 0]
+                live.show(
+                    step, self.steps[-1] + 1, list(session.names.values()), shown, "masks", last=step + 1 == session.shared
+                )
         denoised = session.blend(denoised)
         for t in (x, *self.older):
             t.copy_(session.blend(t))
@@ -796,6 +806,7 @@ def sample(
         read_at,
         share_sites(sites, size, settings.share_max_tokens, auto),
         [_Layout.of(m) for m in made],
+        {b.index: b.name or f"branch {b.index}" for b, _ in made[0][1][BRANCHES] if b.subjects},
     )
     patched = model.clone()
     install(patched)

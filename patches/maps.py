@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from ..methods import scfg as maths
+from . import live
 from .attention import COND, PIXELS, Call, ModelPatcher, Request, model_sites, request
 from .sites import Heads, Site, check
 
@@ -264,6 +265,8 @@ class Recorder:
         chosen = (chosen if chosen.ndim == 4 else chosen[:, None]).detach()
         if not place.frames:
             self._plan(record, call, chosen)
+        if kind == "cross" and (feed := live.Feed.of(call, self.maps.node)) is not None:
+            feed.add(call, chosen[0])
         chosen = chosen.to(device=None if self.maps.keep_on == "device" else "cpu", dtype=self.maps.dtype)
         place.sigma, place.count = call.sigma, place.count + 1
         if self.maps.steps == "mean" and place.frames:

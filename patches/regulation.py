@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..methods import regulation as maths
+from . import live
 from .attention import COND, Call, ModelPatcher, Request, Span, model_sites, request
 from .maps import auto_sites, whole_picture
 from .sites import Heads, Site, check
@@ -43,6 +44,9 @@ class _Method:
     ema: float
     decay: float
     key: object
+    names: tuple[str, ...] = ()  # of the phrases,
+    members: tuple[tuple[int, ...], ...] = ()  # and which of ``targets`` are theirs
+    node: str | None = None  # whose maps an editor sees
 
     def check(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
         """OUTER_SAMPLE: words of another prompt are an error before the first step."""
@@ -76,6 +80,8 @@ class _Method:
         raised, factor = maths.regulated(old, edit[:, None])
         raised, factor = raised.flatten(1, 2).permute(1, 2, 3, 0), factor.flatten(0, 1)[..., None]
         new = part.index_copy(-1, targets, raised)
+        if not call.perturbed and (feed := live.Feed.of(call, self.node, self.names)) is not None:
+            feed.add(call, torch.stack([raised[0][..., list(m)].mean(dim=-1) for m in self.members], dim=-1))
         if whole:
             return new, factor
         everywhere = torch.ones_like(weights[..., :1])
@@ -162,11 +168,13 @@ def apply(
     decay: float = 0.99,
     start_percent: float = 0.0,
     end_percent: float = 0.5,
+    node: str | None = None,
 ) -> ModelPatcher:
     """A clone of ``model`` that regulates the attention to ``words``; with strength 0, just a clone.
 
     Args:
         heads: a selection to regulate; None is all heads of `auto_layers`.
+        node: the editor's node that shows the regulated maps while they form.
 
     Raises:
         ValueError: when the words are none, the span is the wrong way round, a selection is of another model, or there is no attention
@@ -193,7 +201,9 @@ def apply(
     columns = tuple(sorted({*targets, *start_and_end(words)}))
     places = tuple(columns.index(c) for c in targets)
     numbers = (strength, iterations, mass_weight, deviation_weight, ema, decay)
-    method = _Method(places, words.total, *numbers, object())
+    names = tuple(p.text for p in words.phrases)
+    members = tuple(tuple(targets.index(c) for c in p.columns) for p in words.phrases)
+    method = _Method(places, words.total, *numbers, object(), names, members, node)
     edit = Request(
         "edit",
         where,

@@ -12,7 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..methods import scfg as maths
-from .attention import ALL, PIXELS, RUN, Call, ModelPatcher, Request, Run, Span, model_sites, request
+from . import live
+from .attention import ALL, COND, PIXELS, RUN, Call, ModelPatcher, Request, Run, Span, model_sites, request
 from .maps import Maps, Recorder, auto_sites
 from .sites import Site
 
@@ -44,6 +45,7 @@ class _Evaluation:
     maps: dict[Any, _Sum] = field(default_factory=dict)
     waiting: dict[str, Tensor] = field(default_factory=dict)
     seen: set[tuple[Any, str]] = field(default_factory=set)
+    at: tuple[int | None, int | None] = (None, None)  # step, of how many
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,7 @@ class _Method:
     span: Span
     recorder: Recorder
     key: object
+    node: str | None = None  # whose maps an editor sees
 
     def requests(self, sites: tuple[Site, ...]) -> tuple[Request, ...]:
         joint = sites[0].kind == "joint"
@@ -100,7 +103,10 @@ class _Method:
         now = self._evaluation(call)
         if now is None:
             return
+        now.at = (call.step, call.steps)
         self_map = now.waiting.pop(call.site.name, None)
+        if (feed := live.Feed.of(call, self.node)) is not None and (rows := call.rows(COND)):
+            feed.add(call, weights[rows][0])
         self.recorder.read_pair(call, weights, self_map)
         size = (-(-call.latent[0] // self.stride), -(-call.latent[1] // self.stride))
         pictures = call.batch // len(call.chunks)
@@ -153,6 +159,7 @@ class _Method:
                 difference = F.interpolate(maps[:, 1:] - maps[:, :1], size=weight.shape[-2:], mode="nearest")[:, 0]
                 margin[where] += difference * weight
             reference = margin > 0 if self.reference == "foreground" else margin <= 0
+        live.regions(*now.at, owner[0], count - 1, self.node)
         delta = maths.strength(args["cond_denoised"], args["uncond_denoised"])
         ratio = maths.ratios(
             delta,
@@ -194,8 +201,12 @@ def apply(
     start_percent: float = 0.0,
     end_percent: float = 1.0,
     released: bool = False,
+    node: str | None = None,
 ) -> tuple[ModelPatcher, Maps]:
     """A clone of ``model`` with semantic-aware CFG on it, and the handle to the maps that its runs will have used.
+
+    Args:
+        node: the editor's node that shows them while they form.
 
     Raises:
         ValueError: when bounds are the wrong way round, or the model family is unknown or has no text attention.
@@ -221,6 +232,7 @@ def apply(
         span,
         Recorder(maps, chosen, mean_heads=True, needed=False),
         object(),
+        node,
     )
     request(patched, *method.requests(chosen))
     patched.set_model_sampler_post_cfg_function(method.guidance)

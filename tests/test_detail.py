@@ -18,7 +18,7 @@ from attune.demo import model as demo_model
 from attune.language.decompose import decompose
 from attune.methods import detail as maths
 from attune.nodes.detail import AttuneDetailSampler, encode
-from attune.patches import detail
+from attune.patches import detail, live
 from attune.patches.attention import KEY, model_sites
 from attune.patches.detail import BRANCH, Branch, Place, Settings
 
@@ -537,6 +537,20 @@ def test_nothing_stays_and_the_callback_sees_the_result():
     assert torch.equal(alone(model, branches()[0]), alone(families.shared("sd15"), branches()[0]))
     assert KEY not in model.model_options.get("transformer_options", {})
     assert all("forward" not in vars(m) for m in model.model.diffusion_model.modules())
+
+
+def test_an_editor_that_listens_sees_the_masks(monkeypatch):
+    model, shown = families.shared("sd15"), []
+    seen = run(model, branches(), 2, steps=5)
+    monkeypatch.setattr(live, "show", lambda *a, **k: shown.append((a, k)))
+    run(model, branches(), 2, steps=5)
+    assert not shown  # nobody listens
+    monkeypatch.setattr(live, "listening", lambda: True)
+    samples, masks = run(model, branches(), 2, steps=5)
+    assert torch.equal(samples, seen[0])
+    assert [(*a[:3], a[4]) for a, _ in shown] == [(i, 5, ["branch 2", "branch 3"], "masks") for i in range(4)]
+    assert [k["last"] for _, k in shown] == [False, False, False, True]
+    assert torch.equal(shown[-1][0][3].float(), masks[::2, ::8, ::8])  # the first picture's
 
 
 def test_stacks_with_guidance():

@@ -1,0 +1,298 @@
+"""Maps on their way to the editor, layouts without weights, and the routes: everything of the browser's side that needs no browser."""
+
+import base64
+import io
+import json
+from types import SimpleNamespace
+
+import comfy_execution.utils
+import families
+import folder_paths
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import save_file
+
+from attune.language.words import Phrase, Words
+from attune.nodes import browser
+from attune.patches import layouts, live, maps, regulation, scfg
+from attune.patches.attention import model_sites
+from attune.patches.sites import select
+
+# --- layouts ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "layers", "heads"), [("sd15", 16, 128), ("sdxl", 70, 1300), ("sd3", 24, 576), ("flux", 57, 1368)]
+)
+def test_a_published_architecture_has_its_heads(name, layers, heads):
+    found = layouts.preset(name)
+    assert (len(found["layers"]), sum(count for _, count in found["layers"])) == (layers, heads)
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_a_layout_is_the_loaded_models(name):
+    base, numbers = families.CONFIGS[name]
+    kind = type(base.__name__, (base,), {"unet_config": numbers, "unet_extra_config": {}})
+    family, sites = model_sites(families.shared(name))
+    assert layouts.of_config(kind, numbers, "") == layouts.layout(sites, family)
+
+
+@pytest.fixture
+def checkpoints(tmp_path, monkeypatch):
+    """A folder that ComfyUI takes for that of its checkpoints."""
+    monkeypatch.setitem(folder_paths.folder_names_and_paths, "checkpoints", ([str(tmp_path)], {".safetensors", ".ckpt"}))
+    folder_paths.filename_list_cache.pop("checkpoints", None)
+    yield tmp_path
+    folder_paths.filename_list_cache.pop("checkpoints", None)
+
+
+@pytest.mark.parametrize("name", layouts.PRESETS)
+def test_a_file_tells_its_layout_by_its_header(name, checkpoints):
+    """A file of the real size, with the real names and shapes, and holes where the weights would be."""
+    _, base, numbers = layouts.PRESETS[name]
+    config = base(dict(numbers))
+    config.set_inference_dtype(torch.float16, None)
+    header, size = {}, 0
+    for key, weight in config.get_model({}, "", device=torch.device("meta")).state_dict().items():
+        header[f"model.{key}"] = {
+            "dtype": "F8_E4M3",
+            "shape": list(weight.shape),
+            "data_offsets": [size, size + weight.numel()],
+        }
+        size += weight.numel()
+    text = json.dumps(header).encode()
+    with (checkpoints / "big.safetensors").open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + size)
+    assert layouts.of_file("checkpoints", "big.safetensors") == {**layouts.preset(name), "title": "big"}
+
+
+def test_a_file_that_cannot_tell_is_refused_in_words(checkpoints, tmp_path_factory):
+    outside = tmp_path_factory.mktemp("outside") / "secret.safetensors"
+    save_file({"a": torch.zeros(1)}, outside)
+    save_file({"a": torch.zeros(1)}, checkpoints / "other.safetensors")
+    (checkpoints / "broken.safetensors").write_bytes(b"nothing of the kind")
+    (checkpoints / "old.ckpt").write_bytes(b"")
+    for name, sentence in {
+        "missing.safetensors": "there is no “missing.safetensors”",
+        f"../{outside.parent.name}/secret.safetensors": "there is no “../",
+        str(outside): "there is no “/",
+        "other.safetensors": "can only be seen when it is loaded",
+        "broken.safetensors": "cannot be read as a safetensors file",
+        "old.ckpt": "can only be seen when it is loaded",
+    }.items():
+        with pytest.raises(ValueError, match=sentence):
+            layouts.of_file("checkpoints", name)
+    found, status = browser.answer(browser.ask_layout, {"folder": "checkpoints", "file": "other.safetensors"})
+    assert status == 200 and found["untold"].startswith("The layers of “other.safetensors” can only be seen")
+
+
+# --- routes -----------------------------------------------------------------------------------------------------------
+
+
+def test_routes_answer_bad_requests_with_a_sentence():
+    for path, body, sentence in [
+        ("/attune/layout", None, "The request is not a JSON object."),
+        ("/attune/layout", {"preset": "sd9"}, "There is no preset “sd9”"),
+        ("/attune/layout", {"preset": 3}, "“preset” must be a text."),
+        ("/attune/layout", {}, "“folder” must be a text."),
+        ("/attune/layout", {"folder": "loras", "file": "a.safetensors"}, "There is no model folder “loras”"),
+        ("/attune/decompose", {"text": " "}, "The prompt is empty"),
+        ("/attune/decompose", {"text": "a dog", "granularity": "word"}, "Unknown granularity"),
+        ("/attune/decompose", {"text": "a dog", "manual": "cat | a dog"}, "Line 1 of manual: “cat” is not in its sub-prompt"),
+        ("/attune/decompose", {"text": "a dog", "remove_then_add": "no"}, "“remove_then_add” must be true or false."),
+        ("/attune/decompose", {"text": "a" * 30_000}, "“text” is longer than 20000 characters"),
+        ("/attune/live", {"client": "x"}, "“on” must be true or false."),
+    ]:
+        found, status = browser.answer(browser.ROUTES[path], body)
+        assert status == 400 and list(found) == ["error"] and found["error"].startswith(sentence), (path, body, found)
+
+
+def test_the_demo_models_layout():
+    found, status = browser.answer(browser.ask_layout, {"preset": "demo"})
+    assert status == 200 and found["default"] == "middle.0.0:0-3"
+    assert [name for name, heads in found["layers"] if heads == 4][:4] == ["input.1.0", "input.3.0", "input.4.0", "middle.0.0"]
+
+
+def test_branches_come_as_manual_takes_them():
+    lines = "* | a dog and a cat\ndog | a red dog and a cat\ncat | a dog and a blue cat"
+    found, status = browser.answer(browser.ask_decompose, {"text": "a red dog and a blue cat", "manual": lines})
+    assert status == 200
+    assert "\n".join(f"{b['subject']} | {b['text']}" for b in found["branches"][1:]) == lines
+
+
+def test_the_second_of_two_is_named_so():
+    lines = "car #2 | a car and a red car"
+    found, _ = browser.answer(browser.ask_decompose, {"text": "a car and a red car", "manual": lines})
+    assert [b["subject"] for b in found["branches"]] == ["*", "car #2"]
+
+
+# --- live maps --------------------------------------------------------------------------------------------------------
+
+
+class FakeServer:
+    """What `live` knows of ComfyUI's server."""
+
+    def __init__(self):
+        self.client_id, self.sockets, self.sent = "me", {"me": object()}, []
+        self.prompt = {
+            "7": {"class_type": "KSampler", "inputs": {}},
+            "2": {"class_type": "AttuneWords", "inputs": {"text": "x"}},
+        }
+        self.prompt_queue = SimpleNamespace(get_current_queue=lambda: ([(0, "p", self.prompt)], []))
+
+    def send_sync(self, event, data, client):
+        self.sent.append((event, data, client))
+
+    def send_progress_text(self, text, node):
+        pass
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server with one editor, which has asked for maps; node 7 of its workflow runs."""
+    fake = FakeServer()
+    monkeypatch.setattr(live, "_server", lambda: fake)
+    monkeypatch.setattr(
+        comfy_execution.utils, "get_executing_context", lambda: SimpleNamespace(prompt_id="p", node_id="7", list_index=0)
+    )
+    monkeypatch.setattr(live, "_sent", {})
+    monkeypatch.setattr(live, "_listeners", {"me"})
+    monkeypatch.setattr(live, "_words", type(live._words)())
+    return fake
+
+
+def tiles(data):
+    """A message's tiles, ``[n, h, w]``."""
+    sheet = np.asarray(Image.open(io.BytesIO(base64.b64decode(data["image"]))))
+    return sheet.reshape(-1, data["size"][1], data["size"][0])
+
+
+WORDS = Words("a b", (Phrase("b", (2,), {"l": (2,)}),), (), (0, 3, 4, 5, 6), 7, {"l": 7})
+
+
+def heat_of(name):
+    """A run with captured maps of a text of seven tokens."""
+    return lambda model: maps.apply(model, node="9")[0]
+
+
+CASES = {
+    "capture": heat_of("sd15"),
+    "S-CFG": lambda model: scfg.apply(model, node="9")[0],
+    "regulation": lambda model: regulation.apply(model, WORDS, node="9"),
+}
+
+
+@pytest.mark.parametrize("method", CASES)
+@pytest.mark.parametrize("name", ["sd15", "flux"])
+def test_a_run_shows_its_maps_and_stays_the_same(method, name, server, monkeypatch):
+    monkeypatch.setattr(live, "PAUSE", 0.0)
+    patched = CASES[method](families.shared(name))
+    seen = families.sample(patched, steps=3)
+    kinds = {data["kind"] for _, data, _ in server.sent}
+    assert kinds == ({"heat", "regions"} if method == "S-CFG" else {"heat"})
+    for event, data, client in server.sent:
+        assert (event, data["node"], client) == ("attune.maps", "9", "me")
+        assert data["steps"] == 3 and tiles(data).shape[0] == (1 if data["kind"] == "regions" else len(data["names"]))
+    heat = [data for _, data, _ in server.sent if data["kind"] == "heat"]
+    assert [data["step"] for data in heat] == ([1, 2] if method == "regulation" else [1, 2, 3])  # regulation ends half-way
+    assert all(int(tiles(data).max()) == 255 and int(tiles(data).min()) == 0 for data in heat)
+    live._listeners.clear()
+    server.sent.clear()
+    assert torch.equal(families.sample(patched, steps=3), seen) and server.sent == []
+
+
+def test_without_a_listener_nothing_is_gathered(server, monkeypatch):
+    work = []
+    monkeypatch.setattr(live.Feed, "add", lambda *_: work.append("add"))
+    monkeypatch.setattr(live, "_png", lambda *_: work.append("png"))
+    patched = scfg.apply(families.shared("sd15"), node="9")[0]
+    for gone in ({"_listeners": set()}, {"_listeners": {"someone else"}}):
+        monkeypatch.setattr(live, "_listeners", gone["_listeners"])
+        families.sample(patched)
+    monkeypatch.setattr(live, "_listeners", {"me"})
+    server.sockets.clear()  # the editor has gone
+    families.sample(patched)
+    assert work == []
+    server.sockets["me"] = object()
+    families.sample(patched)
+    assert work
+
+
+def test_words_give_their_names_and_columns(server, monkeypatch):
+    monkeypatch.setattr(live, "PAUSE", 0.0)
+    patched, handle = maps.apply(families.shared("sd15"), precision="fp32", node="9")
+    families.sample(patched, steps=1)
+    assert all(name.startswith("token ") for name in server.sent[-1][1]["names"])
+    server.prompt_queue.get_current_queue()[0][0][2]["7"]["inputs"]["x"] = ["2", 0]
+    context = SimpleNamespace(prompt_id="p", node_id="2", list_index=0)
+    monkeypatch.setattr(comfy_execution.utils, "get_executing_context", lambda: context)
+    live.remember(WORDS)
+    server.sent.clear()
+    families.sample(patched, steps=1)
+    data = server.sent[-1][1]
+    assert data["names"] == ["b"]
+    layers = next(reversed(handle.records.values())).cross.values()
+    size = max(place.grid for place in layers)
+    seen = [maps._mean(place, None)[0].mean(0)[:, 2].reshape(1, 1, *place.grid) for place in layers]
+    expected = sum(F.interpolate(t, size=size, mode="bilinear")[0] for t in seen) / len(seen)
+    low, high = expected.min(), expected.max()
+    assert np.abs(tiles(data)[0] / 255 - ((expected[0] - low) / (high - low)).numpy()).max() < 0.01
+    server.prompt["2"]["inputs"]["text"] = "another prompt"  # its node has not run yet
+    server.sent.clear()
+    families.sample(patched, steps=1)
+    assert server.sent[-1][1]["names"] != ["b"]
+
+
+def test_a_node_sends_no_more_than_four_times_a_second(server, monkeypatch):
+    clock = [100.0]
+    monkeypatch.setattr(live.time, "monotonic", lambda: clock[0])
+    for step in range(40):
+        live.show(step, 40, ["a"], torch.rand(1, 4, 4), node="3")
+        clock[0] += 0.1
+    assert len(server.sent) == pytest.approx(4.0 / 0.25, abs=4) and len(server.sent) <= 16
+    live.show(39, 40, ["a"], torch.rand(1, 4, 4), node="3", last=True)
+    assert server.sent[-1][1]["step"] == 40
+
+
+def test_messages_are_small(server):
+    live.show(0, 1, [str(i) for i in range(77)], torch.rand(77, 300, 200), node="3")
+    data = server.sent[0][1]
+    assert len(data["names"]) == live.MOST and max(data["size"]) == live.SIDE and len(data["image"]) < 64_000
+
+
+def test_masks_and_regions_are_sent_as_they_are(server):
+    mask = torch.tensor([[[True, False], [False, True]]])
+    live.show(0, 1, ["dog"], mask, "masks")
+    assert server.sent[-1][1]["node"] == "7"  # the one that runs
+    assert tiles(server.sent[-1][1]).tolist() == [[[255, 0], [0, 255]]]
+    live.regions(0, 1, torch.tensor([[1, 3], [3, 0]]), 7, "7")
+    assert server.sent[-1][1]["names"] == ["token 2"] and tiles(server.sent[-1][1]).tolist() == [[[0, 1], [1, 0]]]
+
+
+def test_an_editor_can_come_and_go(server):
+    live.listen("me", False)
+    assert not live.listening()
+    server.sockets["other"] = object()
+    live.listen("other", True)
+    live.listen("me", True)
+    assert live.listening()
+    del server.sockets["other"]
+    live.listen("me", True)
+    assert live._listeners == {"me"}
+
+
+def test_select_heads_tells_the_picker():
+    family, sites = model_sites(families.shared("flux"))
+    chosen = select("double.*:0", sites, family)
+    told = layouts.shown(sites, family, chosen)["attune_layout"][0]
+    assert told["layers"] == [["double.0", 4], ["double.1", 4], ["single.0", 4], ["single.1", 4], ["single.2", 4]]
+    assert told["chosen"] == chosen.text
+
+
+def test_scores_for_the_pickers_colours():
+    told = layouts.scores({"double.0": torch.tensor([0.5, 1.0])}, "round 1")
+    assert told == {"attune_scores": [{"title": "round 1", "sites": {"double.0": [0.5, 1.0]}}]}
