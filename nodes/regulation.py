@@ -136,6 +136,6 @@ class AttuneRegulation(io.ComfyNode):
                 decay,
                 start_percent,
                 end_percent,
-                cls.hidden.unique_id,
+                getattr(cls.hidden, "unique_id", None),  # none from Python
             )
         )

@@ -98,4 +98,5 @@ class AttuneSemanticCFG(io.ComfyNode):
     ) -> io.NodeOutput:
         ratios = (min_ratio, max_ratio, max_scale)
         span = (start_percent, end_percent)
-        return io.NodeOutput(*scfg.apply(model, reference, *ratios, completion, smoothing, *span, node=cls.hidden.unique_id))
+        node = getattr(cls.hidden, "unique_id", None)  # none from Python
+        return io.NodeOutput(*scfg.apply(model, reference, *ratios, completion, smoothing, *span, node=node))
