@@ -67,7 +67,7 @@ def test_the_editor_runs_an_example(path: Path, page, info, server):
         if node["type"] == "KSampler":
             node["widgets_values"][2] = 2  # steps
         if node["type"] == "EmptyLatentImage":
-            node["widgets_values"][2] = 1  # pictures
+            node["widgets_values"][2] = 2  # pictures: what compares them needs two
     page.evaluate(OPEN, graph)
     known = set(server.get("/history"))
     page.evaluate("() => window.comfyAPI.app.app.queuePrompt(0, 1)")
