@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import comfy.patcher_extension
@@ -10,11 +10,17 @@ import torch
 from torch import Tensor
 
 from .attention import Call, ModelPatcher, model_sites
-from .regulation import prompt
+from .maps import whole_picture
 from .sites import Heads, check
 
 KEY = "attune_words"
 Where = dict[tuple[str, str], tuple[int, ...] | None]
+
+
+def prompt(conds: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
+    """The conditioning that a run's words belong to: the first positive one for the whole picture, else the first one."""
+    positive = conds.get("positive") or ()
+    return whole_picture(positive) or next(iter(positive), None)
 
 
 def text_places(model: ModelPatcher, method: str, heads: Heads | None = None) -> Where:

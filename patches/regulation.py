@@ -2,18 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import comfy.patcher_extension
 import torch
 from torch import Tensor
 
 from ..methods import regulation as maths
 from . import live
 from .attention import COND, Call, ModelPatcher, Request, Span, model_sites, request
-from .maps import auto_sites, whole_picture
+from .maps import auto_sites
+from .prompts import edit_own, guard, prompt
 from .sites import Heads, Site, check
 
 if TYPE_CHECKING:
@@ -36,7 +35,6 @@ class _Method:
     """The settings, and a key to the state of this one node."""
 
     targets: tuple[int, ...]  # places among the columns that the hook hands over
-    total: int
     strength: float
     iterations: int
     mass_weight: float
@@ -48,44 +46,24 @@ class _Method:
     members: tuple[tuple[int, ...], ...] = ()  # and which of ``targets`` are theirs
     node: str | None = None  # whose maps an editor sees
 
-    def check(self, executor: Any, *args: Any, **kwargs: Any) -> Any:
-        """OUTER_SAMPLE: words of another prompt are an error before the first step."""
-        cond = prompt(getattr(executor.class_obj, "conds", {}))
-        context = None if cond is None else cond.get("cross_attn")
-        if isinstance(context, Tensor) and context.shape[1] != self.total:
-            raise ValueError(
-                f"Attention Regulation: these words are of a prompt with {self.total} token columns, and the sampler's positive prompt "
-                f"has {context.shape[1]}. Connect the same CLIP and the same text to Prompt Words and to CLIP Text Encode; prompts "
-                "that another node has joined or lengthened (Conditioning Concat, a style model) do not fit."
-            )
-        return executor(*args, **kwargs)
-
-    def edit(self, call: Call, weights: Tensor) -> tuple[Tensor, Tensor] | None:
+    def edit(self, call: Call, weights: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """An ``edit`` request: ``[R, H, M, T + restored]`` to the same and the factor on all other columns.
 
         The restored columns stay as they are.
         """
-        chunks = [i for i, role in enumerate(call.chunks) if call.perturbed or role == 0]
+        return edit_own(call, weights, lambda part: self._edit(call, part))
+
+    def _edit(self, call: Call, part: Tensor) -> tuple[Tensor, Tensor]:
+        pictures = call.batch // len(call.chunks)
+        targets = torch.tensor(self.targets, device=part.device)
+        old = maths.shape(part, targets).unflatten(1, (-1, pictures))
         name = self._prompt(call)
-        mine = [n for n, i in enumerate(chunks) if name is None or call.uuids[i : i + 1] == (name,)]
-        if not mine:
-            return None
-        pictures = len(weights) // len(chunks)
-        whole = len(mine) == len(chunks)
-        rows = torch.tensor([n * pictures + i for n in mine for i in range(pictures)], device=weights.device)
-        part = weights if whole else weights[rows]
-        targets = torch.tensor(self.targets, device=weights.device)
-        old = maths.shape(part, targets).unflatten(1, (len(mine), pictures))
         edit = self._layer(call, name, old[:, 0].detach()) * (self.strength * maths.fading(call.step or 0, self.decay))
         raised, factor = maths.regulated(old, edit[:, None])
         raised, factor = raised.flatten(1, 2).permute(1, 2, 3, 0), factor.flatten(0, 1)[..., None]
-        new = part.index_copy(-1, targets, raised)
         if not call.perturbed and (feed := live.Feed.of(call, self.node, self.names)) is not None:
             feed.add(call, torch.stack([raised[0][..., list(m)].mean(dim=-1) for m in self.members], dim=-1))
-        if whole:
-            return new, factor
-        everywhere = torch.ones_like(weights[..., :1])
-        return weights.index_copy(0, rows, new), everywhere.index_copy(0, rows, factor)
+        return part.index_copy(-1, targets, raised), factor
 
     def _layer(self, call: Call, name: Any, old: Tensor) -> Tensor:
         """``S_EMA [T, pictures, H, M]`` of this layer and step. It moves on once a step, however often the sampler asks."""
@@ -118,12 +96,6 @@ class _Method:
         """The conditioning that the words belong to, or None outside a run, where every conditional row is edited."""
         cond = None if call.run is None else prompt(call.run.conds)
         return None if cond is None else cond.get("uuid")
-
-
-def prompt(conds: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
-    """The conditioning that a run's words belong to: the first positive one for the whole picture, else the first one."""
-    positive = conds.get("positive") or ()
-    return whole_picture(positive) or next(iter(positive), None)
 
 
 def auto_layers(sites: tuple[Site, ...], family: str) -> tuple[Site, ...]:
@@ -203,7 +175,7 @@ def apply(
     numbers = (strength, iterations, mass_weight, deviation_weight, ema, decay)
     names = tuple(p.text for p in words.phrases)
     members = tuple(tuple(targets.index(c) for c in p.columns) for p in words.phrases)
-    method = _Method(places, words.total, *numbers, object(), names, members, node)
+    method = _Method(places, *numbers, object(), names, members, node)
     edit = Request(
         "edit",
         where,
@@ -214,5 +186,5 @@ def apply(
         period=words.total,
     )
     request(patched, edit)
-    patched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, "attune_regulation", method.check)
+    guard(patched, "Attention Regulation", words.total)
     return patched
