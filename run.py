@@ -10,6 +10,7 @@ COMMANDS = {
     "evaluate": ("demo.evaluate", "measure how well a model draws what its prompts say"),
     "evaluator": ("demo.evaluator", "train or check the reader of pictures that evaluate uses"),
     "hunt": ("nodes.hunt", "search for attention heads as a config file says, here or on a Ray cluster"),
+    "locales": ("nodes.locales", "write the English words of the nodes for the frontend, and check the other languages"),
     "bench": ("benchmarks.<name>", "run one of the benchmarks, by name"),
 }
 

@@ -301,8 +301,8 @@ def _by_hand(text: str, manual: str, remove_then_add: bool) -> Branches:
     lines = []
     for number, line in enumerate(manual.splitlines(), 1):
         if line.strip():
-            left, bar, right = line.partition("|")
-            if not bar or not left.strip() or not right.strip():
+            left, right = (*re.split(r"[|｜]", line, maxsplit=1), "")[:2]
+            if not left.strip() or not right.strip():
                 raise ValueError(
                     f"line {number} of manual, “{line.strip()}”, is not “subject | sub-prompt”: write “* | …” for the whole picture"
                 )
@@ -315,7 +315,7 @@ def _by_hand(text: str, manual: str, remove_then_add: bool) -> Branches:
     for number, names, prompt in lines:
         own = _weighted(prompt)[0]
         subjects = []
-        for name in [] if names == "*" else names.split(","):
+        for name in [] if names == "*" else re.split("[,，、]", names):
             phrase, occurrence = _numbered(name.strip())
             places, there = _occurrences(own, phrase), _occurrences(plain, phrase)
             if occurrence >= len(places):

@@ -261,7 +261,7 @@ def prompt_words(clip: Any, text: str, words: str = "") -> Words:
 
     all_words = tuple(phrase(m.group(), [i]) for i, m in enumerate(matches))
     keys = [_key(m.group()) for m in matches]
-    asked = [part for part in re.split(r"[,\n]", words) if part.strip()]
+    asked = [part for part in re.split(r"[,，、\n]", words) if part.strip()]
     if asked:
         wanted = {_keys(part): part.strip() for part in asked}
     else:

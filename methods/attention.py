@@ -89,6 +89,9 @@ def shared(q: Tensor, k: Tensor, values: Tensor, scale: float | None = None, mas
         ``[R, H, M, d]``: what every row's values give under the one map.
     """
     rows, heads, keys, width = values.shape
+    if q.device.type == "mps":  # its kernel wants values as wide as queries
+        q, k = q.expand(rows, -1, -1, -1), k.expand(rows, -1, -1, -1)
+        return F.scaled_dot_product_attention(q, k, values, attn_mask=mask, scale=scale)
     side_by_side = values.permute(1, 2, 0, 3).reshape(1, heads, keys, rows * width)
     out = F.scaled_dot_product_attention(q, k, side_by_side, attn_mask=mask, scale=scale)
     return out.reshape(heads, q.shape[2], rows, width).permute(2, 0, 1, 3)

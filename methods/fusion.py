@@ -46,4 +46,4 @@ def mixing(groups: Sequence[Sequence[int]], count: int, strength: float) -> Tens
 
 def fuse(weights: Tensor, matrix: Tensor) -> Tensor:
     """Weights ``[R, H, M, T]`` of the phrases' columns, fused."""
-    return weights @ matrix.to(weights)
+    return weights @ matrix.to(weights, non_blocking=weights.is_cuda)

@@ -77,7 +77,7 @@ def heat(image: Tensor, maps: Tensor, opacity: float = 0.6) -> Tensor:
     """Heat of one map over its picture: ``[B, H, W, 3]`` and ``[B, H, W]`` in [0, 1] to ``[B, H, W, 3]``."""
     from kornia.color import ColorMap, apply_colormap
 
-    colours = ColorMap(base="turbo", num_colors=256, device=maps.device, dtype=torch.float32)
+    colours = ColorMap(base="plasma", num_colors=256, device=maps.device, dtype=torch.float32)
     painted = apply_colormap((maps[:, None] * 255).round(), colours).movedim(1, -1)
     return torch.lerp(image, painted.to(image.dtype), opacity)
 

@@ -128,7 +128,7 @@ def additive(theta: Tensor, p: Problem) -> Tensor:
 def start(targets: int, maps: int, seed: int, like: Tensor) -> Tensor:
     """Where the optimiser begins: ``θ ~ U(0, 1)``, ``[T, maps, 8, 8]``, the same for the same seed on every device."""
     generator = torch.Generator().manual_seed(seed % 2**63)
-    return torch.rand(targets, maps, BUMPS, BUMPS, generator=generator).to(like)
+    return torch.rand(targets, maps, BUMPS, BUMPS, generator=generator).to(like, non_blocking=like.is_cuda)
 
 
 # --- the edited map ---------------------------------------------------------------------------------------------------

@@ -41,7 +41,7 @@ def structure(latent: Tensor) -> Tensor:
     """The channels' first principal component over its own range: ``[B, c, h, w]`` to ``[B, 1, h, w]`` in [0, 1]; flat ones are 0."""
     flat = latent.flatten(2)
     centred = flat - flat.mean(dim=2, keepdim=True)
-    axis = torch.linalg.eigh((centred @ centred.transpose(1, 2)).double().cpu()).eigenvectors[..., -1:]
+    axis = torch.linalg.eigh((centred @ centred.transpose(1, 2)).cpu().double()).eigenvectors[..., -1:]
     axis = axis * axis.gather(1, axis.abs().argmax(dim=1, keepdim=True)).sign()  # which end is up is a matter of rounding
     return stretch((axis.to(flat).transpose(1, 2) @ centred).unflatten(2, latent.shape[-2:]))
 

@@ -17,8 +17,8 @@ class AttuneDecompose(io.ComfyNode):
             node_id="AttuneDecompose",
             display_name="Decompose Prompt",
             category="Attune",
-            description="Takes a prompt apart for Detail++: a base without modifiers, and sub-prompts that each add details to one "
-            "noun. English; or write the sub-prompts yourself.",
+            description="Takes a prompt apart for Detail++: a base for the layout, a branch without modifiers, and sub-prompts that each add "
+            "details to one noun. English; or write the sub-prompts yourself.",
             inputs=[
                 io.String.Input(
                     "text",
@@ -36,7 +36,8 @@ class AttuneDecompose(io.ComfyNode):
                     "order",
                     options=list(ORDERS),
                     default="simple first",
-                    tooltip="Which details are added first: those of few words or those of many. Equal ones come as in the prompt.",
+                    tooltip="Which details are added first: those of few words (simple first) or of many (complex first). Equal "
+                    "ones come as in the prompt.",
                 ),
                 io.Boolean.Input(
                     "remove_then_add",
@@ -48,8 +49,8 @@ class AttuneDecompose(io.ComfyNode):
                     "manual",
                     default="",
                     multiline=True,
-                    tooltip="Your own sub-prompts, one a line: “dog | a red dog and a cat”. “*” in place of the noun is the whole "
-                    "picture, “car #2” the second car. Empty: the prompt is taken apart automatically (needs spaCy).",
+                    tooltip="Your own sub-prompts, one a line: the noun, a vertical bar, and the sub-prompt. “*” in place of the noun is the "
+                    "whole picture, “car #2” the second car. Empty: the prompt is taken apart automatically (needs spaCy).",
                 ),
             ],
             outputs=[

@@ -189,7 +189,7 @@ class AttuneDetailSampler(io.ComfyNode):
                     min=0.0,
                     max=1.0,
                     step=0.01,
-                    tooltip="How much attention, between the least and the most, makes a place the subject's. Lower masks are larger.",
+                    tooltip="How much attention, between the least and the most, makes a place the subject's. Lower values give larger masks.",
                 ),
                 io.Combo.Input(
                     "optimize",

@@ -15,7 +15,7 @@ import folder_paths
 import latent_preview
 from comfy_api.latest import io
 
-from ..patches import evaluations, headhunter, headsets
+from ..patches import evaluations, headhunter, headsets, layouts
 from ..patches.attention import model_sites
 from .heads import AttuneHeadsType
 from .scorers import AttuneScorerType
@@ -261,7 +261,8 @@ class AttuneHeadHunter(io.ComfyNode):
         about = objective.strip() or "the prompts"
         told = headsets.Told(found.heads.family, found.heads.chosen, headhunter.story(engine, found, about))
         report = f"{headhunter.report(engine, found, f'objective: {about}')}\nlog: {path}"
-        return io.NodeOutput(told, image(engine, found), report)
+        heat = layouts.scores(told.about["heatmap"], f"HeadHunter, {given['name']}")
+        return io.NodeOutput(told, image(engine, found), report, ui=heat)
 
 
 class AttuneSaveHeads(io.ComfyNode):
@@ -331,7 +332,8 @@ class AttuneLoadHeads(io.ComfyNode):
         lines = [f"{name}: {len(told)} heads: {told.text}"]
         told_of = ("objective", "scorer", "scores", "images", "prompts", "settings", "pack")
         lines += [f"{key}: {told.about[key]}" for key in told_of if key in told.about]
-        return io.NodeOutput(told, "\n".join(lines))
+        heat = layouts.scores(told.about["heatmap"], name) if "heatmap" in told.about else None
+        return io.NodeOutput(told, "\n".join(lines), ui=heat)
 
 
 class AttunePromptList(io.ComfyNode):

@@ -13,6 +13,7 @@ from ..methods import maps as maths
 from ..patches.maps import Record, token_maps
 
 VIEWS = ("mean", "per layer", "per head", "per step")
+MOST_ROWS = 128  # of pictures in a grid
 COMPLETION, SMOOTHING = 4, 0.5  # S-CFG's
 
 
@@ -79,6 +80,11 @@ def show(record: Record, words: Any, image: Tensor, view: str = "mean") -> tuple
         heads = {site: next(iter(place.frames.values())).shape[1] for site, place in record.cross.items()}
         if set(heads.values()) == {1}:
             raise ValueError("these maps are averages over heads; connect Capture Attention Maps to see single heads.")
+        if sum(heads.values()) > MOST_ROWS:
+            raise ValueError(
+                f"per head would be {sum(heads.values())} rows of pictures, and {MOST_ROWS} are the most: name fewer layers in Capture "
+                "Attention Maps, for example “middle.*.*”."
+            )
         rows += [
             [(f"{site}:{h}", image), *row("", soft(record.only(site, h)))]
             for site, count in heads.items()

@@ -26,8 +26,8 @@ class AttuneScore(io.ComfyNode):
                 io.String.Input(
                     "text",
                     multiline=True,
-                    tooltip="What the pictures should show: the prompt. clip_iqa does not need it, or takes two opposites instead: “Bright "
-                    "photo. | Dark photo.”",
+                    tooltip="What the pictures should show: the prompt. clip_iqa does not need it, or takes two opposites with a vertical "
+                    "bar between them, such as “Bright photo.” and “Dark photo.”",
                 ),
                 AttuneScorerType.Input("scorer", tooltip="The judge: CLIP Scorer, Preference Scorer or Demo Scorer."),
                 io.Combo.Input(
@@ -105,8 +105,8 @@ class AttuneSCBScore(io.ComfyNode):
                 io.Mask.Input(
                     "masks",
                     optional=True,
-                    tooltip="Where the parts are, from Attention Segmentation with the words “subject, background”: the subject's mask for "
-                    "every picture, then the background's. With the subject's alone the background is the whole picture.",
+                    tooltip="Where the parts are, from Attention Segmentation with the subject's word, then the background's, in Prompt Words: "
+                    "the subject's mask for every picture, then the background's. With the subject's alone the background is the whole picture.",
                 ),
             ],
             outputs=[

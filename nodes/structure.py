@@ -31,8 +31,8 @@ class AttuneStructureRefine(io.ComfyNode):
                     min=0.0,
                     max=10.0,
                     step=0.05,
-                    tooltip="How much the like places around a place count, against the place itself. 0 returns the latent untouched; above 1 "
-                    "fine texture goes.",
+                    tooltip="How much a place takes from those around it that look alike, against what it is itself. 0 returns the latent "
+                    "untouched; above 1 fine texture goes.",
                 ),
                 io.Float.Input(
                     "edge_low",
@@ -40,8 +40,8 @@ class AttuneStructureRefine(io.ComfyNode):
                     min=0.01,
                     max=4.0,
                     step=0.01,
-                    tooltip="Canny's lower threshold: weaker edges are none, edges between the two count if they go on from a strong one. A "
-                    "step from the least to the most of the latent has about 2.6.",
+                    tooltip="Canny's lower threshold: weaker edges are none, edges between the two count if they go on from a strong one. The "
+                    "strongest edge there can be, from the latent's least to its most, is about 2.6.",
                 ),
                 io.Float.Input(
                     "edge_high",

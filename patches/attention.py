@@ -26,6 +26,7 @@ from typing import Any, TypeAlias
 
 import comfy.patcher_extension
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..methods import attention as maths
@@ -260,6 +261,11 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     """OUTER_SAMPLE: give the run its state; the guider drops these options when the run ends, whatever ends it."""
     seed = kwargs.get("seed", args[7] if len(args) > 7 else None)
     run = Run(getattr(executor.class_obj, "conds", {}), seed=seed)
+    if "middle" in run.conds:  # ComfyUI's numbers of roles mean something else there
+        raise ValueError(
+            "Attune's nodes do not work with DualCFGGuider, which guides by three prompts at once. Use CFGGuider or a KSampler, or connect the "
+            "model from before them."
+        )
     executor.class_obj.model_options.setdefault("transformer_options", {})[RUN] = run
     out = executor(*args, **kwargs)
     for publish in run.finished:
@@ -408,7 +414,7 @@ class Forward:
             def kernel(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
                 return owner(q, k, v, extra, *args, **kwargs).clone()  # blends write to it, and the owner may hold on to it
 
-            return self._attend(q, k, v, extra["n_heads"], kernel, {})
+            return self._attend(q, k, v, extra["n_heads"], kernel, {}, owned=True)
 
         return replacement
 
@@ -487,9 +493,11 @@ class Forward:
 
     # --- serving a call ---
 
-    def _attend(self, q: Tensor, k: Tensor, v: Tensor, heads: int, kernel: Kernel, settings: dict[str, Any]) -> Tensor:
+    def _attend(
+        self, q: Tensor, k: Tensor, v: Tensor, heads: int, kernel: Kernel, settings: dict[str, Any], owned: bool = False
+    ) -> Tensor:
         todo = self.by_place[self.name, self.kind]
-        tensors = Tensors(q, k, v, heads, settings)
+        tensors = Tensors(q, k, v, heads, settings, owned)
         call = self._call(v.shape[0], tensors.q.shape[2], tensors.k.shape[2])
         shares, self.shares = self.shares, None
         self.busy = True
@@ -504,8 +512,9 @@ class Forward:
 class Tensors:
     """q, k, v of a call as ``[B, H, tokens, d]`` views, whatever layout the caller uses, and the way back."""
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, settings: dict[str, Any]):
+    def __init__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, settings: dict[str, Any], owned: bool = False):
         self.given = (q, k, v)
+        self.owned = owned  # another pack computes the output, and may add to the text's (an IP-Adapter's picture)
         self.heads, self.settings = heads, settings
         self.by_head = bool(settings.get("skip_reshape"))
         self.width = q.shape[-1] if self.by_head else q.shape[-1] // heads
@@ -757,7 +766,12 @@ def _edit_and_read(
     if changes:
         which = _places(list(chosen), device)
         v = tensors.v[which][:, :, _places(list(union), device)]
-        fixed = maths.recolumn(out[which][:, :, call.image], v, before, after, rest)
+        given = out[which][:, :, call.image]
+        if tensors.owned:  # only the text's share changes
+            text = F.scaled_dot_product_attention(q[which], k[which], tensors.v[which], scale=tensors.scale)
+            fixed = given + maths.recolumn(text, v, before, after, rest) - text
+        else:
+            fixed = maths.recolumn(given, v, before, after, rest)
         if out.requires_grad or fixed.requires_grad:
             out = out.clone()
         out[which, :, call.image] = fixed
@@ -781,7 +795,12 @@ def _places(numbers: Sequence[int], device: torch.device) -> Any:
     first = numbers[0] if len(numbers) else 0
     if isinstance(numbers, range) or list(numbers) == list(range(first, first + len(numbers))):
         return slice(first, first + len(numbers))
-    return torch.tensor(numbers, device=device)
+    return index(numbers, device)
+
+
+def index(numbers: Sequence[int], device: torch.device) -> Tensor:
+    """Numbers on a device, without waiting for what it does."""
+    return torch.tensor(numbers).to(device, non_blocking=device.type == "cuda")
 
 
 def _put(whole: Tensor, dim: int, places: Any, new: Tensor) -> Tensor:
@@ -826,7 +845,7 @@ def _blend(call: Call, r: Request, tensors: Tensors, out: Tensor) -> Tensor:
     if not len(rows):
         return out
     heads = r.where[call.site.name, call.kind]
-    chosen = torch.arange(tensors.heads, device=out.device) if heads is None else torch.tensor(heads, device=out.device)
+    chosen = torch.arange(tensors.heads, device=out.device) if heads is None else index(heads, out.device)
     value = tensors.v if call.kind == "cross" else tensors.v[:, :, call.image]
     which = (rows[:, None], chosen[None, :])
     mixed = r.act(call, out[:, :, call.image][which], value[which])

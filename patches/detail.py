@@ -38,6 +38,7 @@ from torch.utils.checkpoint import checkpoint
 from ..methods import detail as maths
 from . import live
 from .attention import COND, KEY, Call, ModelPatcher, Pass, Request, Source, install, model_sites, with_pass
+from .prompts import refuse
 from .reuse import blocks
 from .sites import Site
 
@@ -622,13 +623,15 @@ def _sparing(diffusion_model: nn.Module, until: tuple[str, int]) -> Iterator[Non
         held: Any = getattr(diffusion_model, name)
         for layer in held if name == "middle_block" else held[number]:
             if isinstance(layer, (ResBlock, SpatialTransformer)):
+                changed.append((layer, layer.__dict__.get("forward")))  # another pack's, perhaps
                 layer.forward = _spared(layer.forward)  # type: ignore[method-assign]
-                changed.append(layer)
     try:
         yield
     finally:
-        for layer in changed:
+        for layer, own in changed:
             del layer.forward
+            if own is not None:
+                layer.forward = own
 
 
 def _spared(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -792,6 +795,7 @@ def sample(
         )
         return out, _pictures(torch.ones(pictures, 1, *size))
 
+    refuse(model, "Detail++ Sampler")
     plan = comfy.samplers.KSampler(model, steps, model.load_device, sampler_name, scheduler, denoise, model.model_options)
     sigmas = plan.sigmas
     made = [merged(branches, pictures) for branches in sets]

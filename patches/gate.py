@@ -83,8 +83,17 @@ class _Method:
         said = ", ".join(
             f"{t} {s:.3g} → {g:.2f}" for t, s, g in zip(self.texts, scores[0].tolist(), gate[0].tolist(), strict=True)
         )
-        tell(self.node, f"{METHOD}, step {step + 1} of {len(schedule) - 1}: {said}")
+        tell(self.node, f"{METHOD}, step {step + 1} of {len(schedule) - 1}: {said}{self._advice(gate)}")
         return denoised
+
+    def _advice(self, gate: Tensor) -> str:
+        """What to do where the threshold is not among the scores, and every phrase is treated alike."""
+        opened = (gate - self.floor) / (1 - self.floor)
+        if bool((opened > 0.95).all()):
+            return "; every gate is open and nothing changes: raise the threshold to lie among these scores"
+        if bool((opened < 0.05).all()):
+            return "; every gate is shut: lower the threshold to lie among these scores"
+        return ""
 
     @property
     def models(self) -> list[ModelPatcher]:
@@ -110,7 +119,7 @@ class _Method:
         def change(part: Tensor) -> tuple[Tensor, Tensor | None]:
             if len(part) % len(gain):
                 raise RuntimeError(f"{METHOD}: the sampler changed how many pictures it makes at once; take the node out.")
-            return maths.scaled(part, gain.to(part).repeat(len(part) // len(gain), 1))
+            return maths.scaled(part, gain.to(part, non_blocking=part.is_cuda).repeat(len(part) // len(gain), 1))
 
         return edit_own(call, weights, change)
 

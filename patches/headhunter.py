@@ -29,6 +29,7 @@ from ..methods import headhunter as maths
 from ..methods import softpag
 from . import evaluations, reuse
 from .attention import Call, ModelPatcher, Pass, Request, Span, install, model_sites, with_pass
+from .prompts import refuse
 from .scorers import Scorer
 from .sites import Heads, Site, check
 
@@ -109,6 +110,7 @@ class Engine:
             raise ValueError(
                 f"HeadHunter: there are {len(positives)} conditionings and {len(texts)} texts; give one text, or one for each."
             )
+        refuse(model, "HeadHunter")
         self.family, self.sites = model_sites(model)
         self.by_name = {site.name: site for site in self.sites}
         self.given, self.vae, self.negative, self.scorer, self.settings = model, vae, negative, scorer, settings
@@ -488,6 +490,17 @@ def search(
     return Found(hunt, engine.heads(sets[-1]), pictures, images, computed, done - computed)
 
 
+def heatmap(engine: Engine, found: Found) -> dict[str, list[float | None]]:
+    """Each head's score alone, as the first round found it, for every searched site; None for heads that were no candidates."""
+    alone = found.hunt.rounds[0].scores
+    searched = {site for site, _ in alone}
+    return {
+        s.name: [round(alone[s.name, n], 4) if (s.name, n) in alone else None for n in range(s.heads)]
+        for s in engine.sites
+        if s.name in searched
+    }
+
+
 def story(engine: Engine, found: Found, objective: str) -> dict[str, Any]:
     """What a head set's file says about where it comes from."""
     rounds = [{"chosen": [f"{site}:{number}" for site, number in r.chosen], "score": r.score} for r in found.hunt.rounds]
@@ -495,6 +508,7 @@ def story(engine: Engine, found: Found, objective: str) -> dict[str, Any]:
         "objective": objective,
         "scorer": engine.scorer.name,
         "scores": {"no heads": found.hunt.plain, "rounds": rounds},
+        "heatmap": heatmap(engine, found),
         "images": found.images,
         "prompts": len(engine.positives),
         "settings": asdict(engine.settings),

@@ -19,6 +19,7 @@ from .sites import Heads, Site, check, select
 PACK = Path(__file__).resolve().parent.parent
 PRESETS = PACK / "presets"
 FORMAT = 1
+FIELDS = ("attune heads", "family", "layers", "heads")  # all others tell where a set comes from
 
 
 @dataclass(frozen=True)
@@ -105,8 +106,17 @@ def load(name: str, sites: tuple[Site, ...], family: str) -> Told:
             f"Load Heads: “{name}” is for another model: {data.get('family')} with {_shape(data['layers'])}; the connected one is "
             f"{family} with {_shape(layers)}. Heads mean nothing on a model that they were not found on."
         )
-    about = {k: v for k, v in data.items() if k not in ("attune heads", "family", "layers", "heads")}
+    own = FIELDS if _fits(data.get("heatmap"), layers) else (*FIELDS, "heatmap")
+    about = {k: v for k, v in data.items() if k not in own}
     return Told(family, select(data["heads"], sites, family).chosen, about)
+
+
+def _fits(heatmap: Any, layers: Mapping[str, int]) -> bool:
+    """Whether this is a score, or None, for every head of some of the layers."""
+    return isinstance(heatmap, dict) and all(
+        isinstance(row, list) and len(row) == layers.get(site) and all(v is None or isinstance(v, int | float) for v in row)
+        for site, row in heatmap.items()
+    )
 
 
 def _shape(layers: Mapping[str, Any]) -> str:

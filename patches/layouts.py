@@ -153,11 +153,11 @@ def of_file(folder: str, name: str) -> dict[str, Any]:
     """
     if folder not in FOLDERS:
         raise ValueError(f"there is no model folder “{folder}”: choose one of {', '.join(FOLDERS)}.")
+    if Path(name).suffix.lower() not in (".safetensors", ".sft"):  # GGUF loaders have folders of their own
+        raise UntoldError(f"the layers of “{name}” can only be seen when it is loaded: run the workflow once.")
     if name not in folder_paths.get_filename_list(folder):
         raise ValueError(f"there is no “{name}” in ComfyUI's {folder}.")
     path = Path(folder_paths.get_full_path_or_raise(folder, name))
-    if path.suffix.lower() not in (".safetensors", ".sft"):
-        raise UntoldError(f"the layers of “{name}” can only be seen when it is loaded: run the workflow once.")
     return _of_header(path, path.stat().st_mtime_ns)
 
 
@@ -184,13 +184,14 @@ def _of_header(path: Path, changed: int) -> dict[str, Any]:
         raise UntoldError(f"the layers of “{path.name}” can only be seen when it is loaded: run the workflow once.") from None
 
 
-def scores(values: Mapping[str, Iterable[float]], title: str) -> dict[str, Any]:
-    """A node's ``ui`` that colours the head pickers of the same model: a score per head of every site, higher is warmer.
+def scores(values: Mapping[str, Iterable[float | None]], title: str) -> dict[str, Any]:
+    """A node's ``ui`` that colours the head pickers of the same model: a score per head of every site, higher is warmer,
+    None is not known.
 
     Args:
         title: what the scores are of, for people.
     """
-    numbers = {site: [float(v) for v in row] for site, row in values.items()}
+    numbers = {site: [None if v is None else float(v) for v in row] for site, row in values.items()}
     return {"attune_scores": [{"title": title, "sites": numbers}]}
 
 

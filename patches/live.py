@@ -57,23 +57,34 @@ def listening() -> bool:
     return server is not None and server.client_id in _listeners and server.client_id in server.sockets
 
 
-def executing() -> str | None:
-    """The node that ComfyUI executes now: the sampler, while a method's callbacks run."""
+def _context() -> Any:
     try:
         from comfy_execution.utils import get_executing_context
 
-        context = get_executing_context()
-        return None if context is None else context.node_id
-    except ImportError:
+        return get_executing_context()
+    except ImportError:  # an older ComfyUI
         return None
 
 
-def _prompt() -> dict[str, Any]:
-    """The workflow that runs now."""
-    from comfy_execution.utils import get_executing_context
+def executing() -> str | None:
+    """The node that ComfyUI executes now: the sampler, while a method's callbacks run."""
+    context = _context()
+    return None if context is None else context.node_id
 
-    context, running = get_executing_context(), _server().prompt_queue.get_current_queue()[0]
-    return next((item[2] for item in running if context is not None and item[1] == context.prompt_id), {})
+
+def prompt() -> dict[str, Any]:
+    """The workflow that runs now; empty where there is no server."""
+    context, server = _context(), _server()
+    if context is None or server is None:
+        return {}
+    queue = server.prompt_queue  # the older of the two copies everything that waits
+    running = getattr(queue, "get_current_queue_volatile", queue.get_current_queue)()[0]
+    return next((item[2] for item in running if item[1] == context.prompt_id), {})
+
+
+def _due(node: str, kind: str, last: bool) -> bool:
+    """Whether somebody listens, and the node has not just sent maps of this kind."""
+    return listening() and (last or time.monotonic() - _sent.get((node, kind), -PAUSE) >= PAUSE)
 
 
 # --- sending --------------------------------------------------------------------------------------------------------
@@ -98,10 +109,9 @@ def show(
         last: sent however short the pause was.
     """
     node = executing() if node is None else node
-    now = time.monotonic()
-    if node is None or not listening() or (not last and now - _sent.get((node, kind), -PAUSE) < PAUSE):
+    if node is None or not _due(node, kind, last):
         return
-    _sent[node, kind] = now
+    _sent[node, kind] = time.monotonic()
     server = _server()
     maps = maps.detach()
     if kind == "regions":
@@ -152,7 +162,7 @@ def remember(words: Words) -> None:
     if node is None:
         return
     try:
-        key = (node, lineage(_prompt(), node))
+        key = (node, lineage(prompt(), node))
     except KeyError:
         return
     _words.pop(key, None)
@@ -165,10 +175,10 @@ def _known(columns: int) -> Words | None:
     """The running workflow's words that fit a prompt of so many columns."""
     from .maps import lineage
 
-    prompt = _prompt()
-    for node, entry in prompt.items():
+    graph = prompt()
+    for node, entry in graph.items():
         if entry.get("class_type") == "AttuneWords":
-            words = _words.get((node, lineage(prompt, node)))
+            words = _words.get((node, lineage(graph, node)))
             if words is not None and columns % words.total == 0:
                 return words
     return None
@@ -223,8 +233,7 @@ class Feed:
         """Show what there is."""
         layers, self.layers = self.layers, []
         layers = [t for t in layers if t.shape[-1] == layers[-1].shape[-1]]
-        now = time.monotonic()
-        if not layers or (not last and now - _sent.get((self.node or "", "heat"), -PAUSE) < PAUSE):
+        if not layers or not _due(self.node or "", "heat", last):
             return
         size = max((t.shape[:2] for t in layers), key=lambda s: s[0] * s[1])
         whole = sum(F.interpolate(t.permute(2, 0, 1)[None], size=size, mode="bilinear")[0] for t in layers)
@@ -236,7 +245,7 @@ class Feed:
 
 def regions(step: int | None, steps: int | None, owner: Tensor, columns: int, node: str | None, last: bool = False) -> None:
     """Show S-CFG's regions of the first picture, ``owner [h, w]``: the column, from 1, that owns a pixel; 0 is nobody."""
-    if node is None or not listening():
+    if node is None or not _due(node, "regions", last):
         return
     words, named = _known(columns), torch.zeros_like(owner)
     if words is not None:

@@ -46,6 +46,7 @@ class Record:
         latent: height and width of the latent.
         pictures: in the batch.
         cross, pixels: places by site, in order of execution.
+        planned: bytes that it will take; ``dropped``: that was too much, and nothing is kept.
         node, signature: the node that sampled, and what its part of the graph was; None outside a graph.
     """
 
@@ -54,6 +55,7 @@ class Record:
     cross: dict[str, Place] = field(default_factory=dict)
     pixels: dict[str, Place] = field(default_factory=dict)
     planned: int = 0
+    dropped: bool = False
     node: str | None = None
     signature: str | None = None
 
@@ -93,8 +95,18 @@ class Maps:
         self.dtype, self.keep_on, self.limit_mb, self.node = PRECISIONS[precision], keep_on, limit_mb, node
         self.records: OrderedDict[tuple[str | None, str | None], Record] = OrderedDict()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> Maps:
+        """Cloning a model copies what is on it: not this, which a node has given out."""
+        return self
+
     def publish(self, record: Record) -> None:
         """Keep the record of a run that came to its end."""
+        if record.dropped:
+            tell(
+                self.node,
+                f"the maps are not kept: they would take more than {self.limit_mb:g} MB; Capture Attention Maps can keep fewer",
+            )
+            return
         record.node, record.signature = executing()
         key = (record.node, record.signature)
         self.records.pop(key, None)
@@ -154,16 +166,8 @@ def lineage(prompt: Prompt, node: str) -> str:
 
 def executing() -> tuple[str | None, str | None]:
     """The node that ComfyUI executes now and its lineage; None where there is no server."""
-    try:
-        from comfy_execution.utils import get_executing_context
-        from server import PromptServer
-
-        context = get_executing_context()
-        running = PromptServer.instance.prompt_queue.get_current_queue()[0]
-        prompt = next(item[2] for item in running if item[1] == context.prompt_id)
-        return context.node_id, lineage(prompt, context.node_id)
-    except (ImportError, AttributeError, StopIteration, KeyError):  # used from Python
-        return None, None
+    node, prompt = live.executing(), live.prompt()
+    return (node, lineage(prompt, node)) if node in prompt else (None, None)  # used from Python
 
 
 def tell(node: str | None, text: str) -> None:
@@ -185,7 +189,8 @@ def auto_sites(sites: tuple[Site, ...], family: str) -> tuple[Site, ...]:
     """The sites whose maps show objects best.
 
     UNets: a quarter and an eighth of the latent's size, as S-CFG and Detail++ have it; where a model has neither, its two
-    coarsest sizes. SD3: three layers around the middle; FLUX: three of its double blocks.
+    coarsest sizes. One layer of each block, the middle one, where a block has several: SDXL has up to ten. SD3: three layers
+    around the middle; FLUX: three of its double blocks.
 
     Raises:
         ValueError: for a model without attention to text.
@@ -200,7 +205,11 @@ def auto_sites(sites: tuple[Site, ...], family: str) -> tuple[Site, ...]:
         )
     strides = sorted({s.stride for s in with_text})
     wanted = [s for s in strides if s in (4, 8)] or strides[-2:]
-    return tuple(s for s in with_text if s.stride in wanted)
+    blocks: dict[tuple[str, int], list[Site]] = {}
+    for s in with_text:
+        if s.stride in wanted:
+            blocks.setdefault(s.block, []).append(s)
+    return tuple(layers[len(layers) // 2] for layers in blocks.values())
 
 
 def whole_picture(conds: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
@@ -254,6 +263,8 @@ class Recorder:
         if record is None:
             record = run.state[self] = Record(call.latent, pictures)
             run.finished.append(lambda: self.maps.publish(record))  # type: ignore[arg-type]
+        if record.dropped:
+            return
         places = record.cross if kind == "cross" else record.pixels
         place = places.setdefault(call.site.name, Place((call.height, call.width)))
         step, every = call.step or 0, self.maps.every
@@ -263,8 +274,8 @@ class Recorder:
         start = call.uuids.index(uuid) * pictures
         chosen = weights[[i for i, row in enumerate(every_row) if start <= row < start + pictures]]
         chosen = (chosen if chosen.ndim == 4 else chosen[:, None]).detach()
-        if not place.frames:
-            self._plan(record, call, chosen)
+        if not place.frames and not self._fits(record, call, chosen):
+            return
         if kind == "cross" and (feed := live.Feed.of(call, self.maps.node)) is not None:
             feed.add(call, chosen[0])
         chosen = chosen.to(device=None if self.maps.keep_on == "device" else "cpu", dtype=self.maps.dtype)
@@ -287,14 +298,21 @@ class Recorder:
             )
         return None if positive else next((u for u, role in zip(call.uuids, call.chunks, strict=False) if role == 0), None)
 
-    def _plan(self, record: Record, call: Call, weights: Tensor) -> None:
+    def _fits(self, record: Record, call: Call, weights: Tensor) -> bool:
+        """Whether there is room for these weights; where maps are all that is wanted, too little is an error."""
         frames = 1 if not self.maps.every else -(-(call.steps or 1) // self.maps.every)
         record.planned += weights.numel() * self.maps.dtype.itemsize * frames
-        if record.planned > self.maps.limit_mb * 2**20:
+        if record.planned <= self.maps.limit_mb * 2**20:
+            return True
+        if self.needed:
             raise ValueError(
                 f"Capture Attention Maps would hold more than {record.planned / 2**20:.0f} MB for this picture, and the limit is "
                 f"{self.maps.limit_mb:g} MB. Choose fewer or coarser layers, kind “cross”, fewer steps or fp16, or raise limit_mb."
             )
+        record.dropped = True
+        record.cross.clear()
+        record.pixels.clear()
+        return False
 
 
 def apply(

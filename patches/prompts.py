@@ -9,7 +9,8 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
-from .attention import Call, ModelPatcher, model_sites
+from .attention import KEY as REQUESTS
+from .attention import Call, ModelPatcher, index, model_sites
 from .maps import whole_picture
 from .sites import Heads, check
 
@@ -59,6 +60,21 @@ def guard(patched: ModelPatcher, method: str, total: int) -> None:
     patched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, KEY, compare)
 
 
+def refuse(model: ModelPatcher, where: str) -> None:
+    """Refuse a model on which words of one prompt act, where every row of a batch may have a prompt of its own.
+
+    Raises:
+        ValueError: with what to do.
+    """
+    asked = model.model_options.get("transformer_options", {}).get(REQUESTS, ())
+    if any(r.verb == "edit" and r.period is not None for r in asked):
+        raise ValueError(
+            f"{where}: on this model a node acts on single words of one prompt (Attention Regulation, Phrase Fusion, Semantic Gate, Refine "
+            "Attention with words), and here several prompts are drawn at once, in which other words have these places. Connect the model "
+            "from before that node."
+        )
+
+
 def edit_own(
     call: Call, weights: Tensor, edit: Callable[[Tensor], tuple[Tensor, Tensor | None]]
 ) -> tuple[Tensor, Tensor | None] | None:
@@ -75,7 +91,7 @@ def edit_own(
     if len(mine) == len(chunks):
         return edit(weights)
     pictures = len(weights) // len(chunks)
-    rows = torch.tensor([n * pictures + i for n in mine for i in range(pictures)], device=weights.device)
+    rows = index([n * pictures + i for n in mine for i in range(pictures)], weights.device)
     new, factor = edit(weights[rows])
     everywhere = torch.ones_like(weights[..., :1])
     return weights.index_copy(0, rows, new), None if factor is None else everywhere.index_copy(0, rows, factor)

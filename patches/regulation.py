@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..methods import regulation as maths
 from . import live
-from .attention import COND, Call, ModelPatcher, Request, Span, model_sites, request
+from .attention import COND, Call, ModelPatcher, Request, Span, index, model_sites, request
 from .maps import auto_sites
 from .prompts import edit_own, guard, prompt
 from .sites import Heads, Site, check
@@ -55,7 +55,7 @@ class _Method:
 
     def _edit(self, call: Call, part: Tensor) -> tuple[Tensor, Tensor]:
         pictures = call.batch // len(call.chunks)
-        targets = torch.tensor(self.targets, device=part.device)
+        targets = index(self.targets, part.device)
         old = maths.shape(part, targets).unflatten(1, (-1, pictures))
         name = self._prompt(call)
         edit = self._layer(call, name, old[:, 0].detach()) * (self.strength * maths.fading(call.step or 0, self.decay))

@@ -46,11 +46,14 @@ def _module(diffusion_model: nn.Module, block: Block) -> nn.Module:
     return held if block[0] == "middle_block" else held[block[1]]
 
 
-def _chunks(t: Tensor, options: dict[str, Any]) -> dict[Any, slice]:
-    """Rows of each chunk of the batch, by the identity of its conditioning."""
+def _conditional(t: Tensor, options: dict[str, Any]) -> dict[Any, slice]:
+    """Rows of each conditional chunk of the batch, by its name; a negative may have a positive's (under an area)."""
     uuids = options.get("uuids") or ()
     size = t.shape[0] // max(len(uuids), 1)
-    return {uuid: slice(i * size, (i + 1) * size) for i, uuid in enumerate(uuids)}
+    roles = options.get("cond_or_uncond") or ()
+    return {
+        uuid: slice(i * size, (i + 1) * size) for i, (uuid, role) in enumerate(zip(uuids, roles, strict=False)) if role == 0
+    }
 
 
 @dataclass
@@ -100,10 +103,10 @@ class Prefixes:
     def record(self, diffusion_model: nn.Module, until: Sequence[Block], x: Tensor, options: dict[str, Any]) -> Iterator[None]:
         """Record the conditional rows' outputs of the blocks before each of ``until`` while a forward runs."""
         rows: dict[Any, slice] = {}
-        for (uuid, where), role in zip(_chunks(x, options).items(), options.get("cond_or_uncond") or (), strict=False):
+        for uuid, where in _conditional(x, options).items():
             known = self.held.get(uuid)
             # The first forward of an input is the plain one; later ones may be other packs' perturbed passes.
-            if role == 0 and (known is None or not known.fits(options["sigmas"], x[where])):
+            if known is None or not known.fits(options["sigmas"], x[where]):
                 rows[uuid] = where
                 self.held[uuid] = Prefix(options["sigmas"].clone(), x[where].clone())
         handles = []

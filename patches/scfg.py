@@ -111,9 +111,10 @@ class _Method:
         size = (-(-call.latent[0] // self.stride), -(-call.latent[1] // self.stride))
         pictures = call.batch // len(call.chunks)
         for i, (uuid, role) in enumerate(zip(call.uuids, call.chunks, strict=False)):
-            if role > 1 or (uuid, call.site.name) in now.seen:  # another pack runs the same conditioning again
+            own_key = (uuid, role)  # a negative that is given a positive's area is given its name as well
+            if role > 1 or (own_key, call.site.name) in now.seen:  # another pack runs the same conditioning again
                 continue
-            now.seen.add((uuid, call.site.name))
+            now.seen.add((own_key, call.site.name))
             rows = slice(i * pictures, (i + 1) * pictures)
             cross = weights[rows]
             if role == 1:
@@ -121,7 +122,7 @@ class _Method:
             own = None if self_map is None else self_map[rows]
             grid = (call.height, call.width)
             maps = maths.layer_maps(cross, own, grid, size, self.completion, self.smoothing, self.released)
-            now.maps.setdefault(uuid, _Sum()).add(maps)
+            now.maps.setdefault(own_key, _Sum()).add(maps)
 
     @staticmethod
     def _start(call: Call, cross: Tensor) -> int:
@@ -144,7 +145,7 @@ class _Method:
         best = torch.full((x.shape[0], *x.shape[-2:]), -torch.inf, device=x.device)
         owner = torch.zeros(best.shape, dtype=torch.int64, device=x.device)
         count = 1  # region 0: where no prompt applies
-        for maps, where, weight in self._placed(args["cond"], now, args):
+        for maps, where, weight in self._placed(args["cond"], 0, now, args):
             size = (weight.shape[-2], weight.shape[-1])
             top = F.interpolate(maps.amax(dim=1, keepdim=True), size=size, mode="nearest")[:, 0] * weight
             label = maths.enlarge(maths.regions(maps), size) + count
@@ -155,7 +156,7 @@ class _Method:
         reference = torch.ones_like(owner, dtype=torch.bool)
         if self.reference != "image":
             margin = torch.zeros_like(best)
-            for maps, where, weight in self._placed(args["uncond"], now, args):
+            for maps, where, weight in self._placed(args["uncond"], 1, now, args):
                 difference = F.interpolate(maps[:, 1:] - maps[:, :1], size=weight.shape[-2:], mode="nearest")[:, 0]
                 margin[where] += difference * weight
             reference = margin > 0 if self.reference == "foreground" else margin <= 0
@@ -175,18 +176,20 @@ class _Method:
         return maths.guide(denoised, args["cond_denoised"], args["uncond_denoised"], scale, ratio)
 
     @staticmethod
-    def _placed(conds: Any, now: _Evaluation, args: Mapping[str, Any]) -> list[tuple[Tensor, tuple[slice, ...], Tensor]]:
+    def _placed(
+        conds: Any, role: int, now: _Evaluation, args: Mapping[str, Any]
+    ) -> list[tuple[Tensor, tuple[slice, ...], Tensor]]:
         """Maps, place in the latent and weight ``[B, h, w]`` of the conditionings that count at this step."""
         out = []
         for cond in conds:
-            if cond["uuid"] not in now.maps:
+            if (cond["uuid"], role) not in now.maps:
                 continue
             part = comfy.samplers.get_area_and_mult(cond, args["input"], args["sigma"])
             if part is None:
                 continue
             height, width, y, x = part.area if part.area is not None else (*args["input"].shape[-2:], 0, 0)
             where: tuple[slice, ...] = (slice(None), slice(y, y + height), slice(x, x + width))
-            out.append((now.maps[cond["uuid"]].mean, where, part.mult[:, 0].float()))
+            out.append((now.maps[cond["uuid"], role].mean, where, part.mult[:, 0].float()))
         return out
 
 
@@ -219,7 +222,7 @@ def apply(
     family, sites = model_sites(model)
     chosen = auto_sites(sites, family)
     patched = model.clone()
-    maps = Maps(kind="both" if completion else "cross")
+    maps = Maps(kind="both" if completion else "cross", precision="fp16")
     method = _Method(
         reference,
         min_ratio,

@@ -67,9 +67,10 @@ def family(diffusion_model: nn.Module) -> str:
     for name, attributes in {
         "unet": ("input_blocks", "middle_block", "output_blocks"),
         "sd3": ("joint_blocks", "x_embedder"),
-        "flux": ("double_blocks", "single_blocks", "img_in"),
+        "flux": ("double_blocks", "single_blocks", "img_in", "time_in"),  # Chroma has no time_in
     }.items():
-        if all(hasattr(diffusion_model, a) for a in attributes):
+        flat = isinstance(getattr(diffusion_model, "patch_size", 1), int)  # HunyuanVideo's has three sides
+        if flat and all(hasattr(diffusion_model, a) for a in attributes):
             return name
     raise ValueError(
         f"Attune does not know the model class {type(diffusion_model).__name__}. "
@@ -151,7 +152,9 @@ def _numbers(text: str, count: int, item: str) -> list[int]:
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
             raise ValueError(f"the range “{part}” in “{item}” runs backwards")
-        out.update(range(first, min(last, count) + 1))
+        out.update(
+            [*range(first, min(last, count) + 1), *([first] if first > count else [])]
+        )  # the caller says what is too high
     return sorted(out)
 
 

@@ -2,6 +2,7 @@
 
 import comfy.ldm.modules.attention as backends
 import comfy.model_management
+import comfy.samplers
 import families
 import pytest
 import torch
@@ -319,3 +320,42 @@ def test_grouped_queries():
     tensors = hook.Tensors(torch.randn(1, 5, 32), torch.randn(1, 6, 16), torch.randn(1, 6, 16), 4, {})
     assert tensors.q.shape == (1, 4, 5, 8) and tensors.k.shape == (1, 4, 6, 8)
     assert torch.equal(tensors.v[:, 0], tensors.v[:, 1]) and not torch.equal(tensors.v[:, 1], tensors.v[:, 2])
+
+
+def test_an_edit_of_the_text_leaves_what_an_owner_adds_to_it():
+    """An IP-Adapter adds its picture's attention to the text's: a factor on other words is none on the picture."""
+    model, seen = families.shared("sd15").clone(), {}
+
+    def owner(q, k, v, extra):
+        text = backends.optimized_attention(q, k, v, extra["n_heads"])
+        seen["text"], seen["image"] = text.clone(), torch.sin(torch.arange(text.numel())).view_as(text)
+        heads = lambda t: t.double().unflatten(-1, (extra["n_heads"], -1)).transpose(1, 2)  # noqa: E731
+        a, b, c = map(heads, (q, k, v))
+        weights = (a @ b.transpose(-1, -2) / a.shape[-1] ** 0.5).softmax(-1)
+        weights[..., 2] *= 2
+        seen["right"] = (weights / weights.sum(-1, keepdim=True) @ c).transpose(1, 2).flatten(2)
+        return text + seen["image"]
+
+    def double(call, weights):
+        factor = 1 / (1 + weights)
+        return 2 * weights * factor, factor
+
+    model.set_model_attn2_replace(owner, "middle", 0)
+    patched = with_requests(model, Request("edit", {CROSS: None}, double, columns=(2,)))
+    out = {}
+    patched.set_model_attn2_output_patch(lambda t, extra: out.setdefault(tuple(extra["block"]), t.clone()))
+    sample(patched, steps=1)
+    project = model.model.diffusion_model.middle_block[1].transformer_blocks[0].attn2.to_out
+    close(out["middle", 0], project((seen["right"] + seen["image"]).float()).detach())
+
+
+def test_three_prompts_at_once_are_refused():
+    from comfy_extras.nodes_custom_sampler import Guider_DualCFG
+
+    model = with_requests(families.shared("sd15"), Request("read", {CROSS: None}, lambda call, w: None))
+    guider = Guider_DualCFG(model)
+    guider.set_conds(families.text(1), families.text(2), families.text(3))
+    guider.set_cfg(3.0, 2.0)
+    noise = torch.zeros(1, 4, 8, 8)
+    with pytest.raises(ValueError, match="DualCFGGuider"):
+        guider.sample(noise, noise, comfy.samplers.sampler_object("euler"), torch.tensor([1.0, 0.0]))

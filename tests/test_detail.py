@@ -16,9 +16,10 @@ from test_attention import close, differs
 
 from attune.demo import model as demo_model
 from attune.language.decompose import decompose
+from attune.language.words import Phrase, Words
 from attune.methods import detail as maths
 from attune.nodes.detail import AttuneDetailSampler, encode
-from attune.patches import detail, live
+from attune.patches import detail, fusion, live
 from attune.patches.attention import KEY, model_sites
 from attune.patches.detail import BRANCH, Branch, Place, Settings
 
@@ -705,3 +706,25 @@ def test_the_node(demo):
     assert result["samples"].shape == (2, 4, 16, 12) and result["batch_index"] == [3, 4]
     assert every["samples"].shape == (6, 4, 16, 12) and every["noise_mask"].shape[0] == 6 and len(every["batch_index"]) == 6
     assert torch.equal(every["samples"][-2:], result["samples"]) and masks.shape == (2, 128, 96)
+
+
+def test_words_of_one_prompt_are_refused():
+    """Other branches have other words at these places."""
+    model = families.shared("sd15")
+    patched = fusion.apply(model, Words("", (Phrase("a b", (2, 3), {}),), (), (), 7, {"l": 7}))
+    with pytest.raises(ValueError, match="Detail\\+\\+ Sampler: on this model a node acts on single words"):
+        run(patched, branches())
+    run(patched, branches((7,)))
+
+
+def test_a_layers_own_forward_comes_back(monkeypatch):
+    """Another pack may have put one there."""
+    model = families.build("sd15")
+    unet = model.model.diffusion_model
+    layer = unet.input_blocks[1][1]
+    own = layer.forward
+    layer.forward = own
+    with detail._sparing(unet, ("middle_block", 0)):
+        assert layer.forward is not own
+    assert layer.__dict__["forward"] is own
+    assert "forward" not in unet.input_blocks[1][0].__dict__

@@ -553,6 +553,15 @@ def test_head_sets_as_files(user):
     assert data["family"] == "unet" and data["heads"] == heads.text and data["pack"] == headsets.pack_version()
     back = headsets.load("my set", sites, family)
     assert back == heads and back.about["objective"] == "crisp"
+    for heatmap in (
+        [1],
+        {"middle.0.0": [1.0]},
+        {"nowhere.0": []},
+        {"middle.0.0": "12"},
+        {"middle.0.0": ["a"] * sites[0].heads},
+    ):
+        path.write_text(json.dumps({**data, "heatmap": heatmap}))
+        assert "heatmap" not in headsets.load("my set", sites, family).about
     assert "my set" in headsets.names()
     for name in ("sdxl", "flux"):  # SDXL is a UNet as well, and has a middle.0.0
         other, others = model_sites(families.shared(name))
@@ -606,17 +615,31 @@ def run_node(**changes):
         **changes,
     }
     positive = given.pop("positive", [families.text(1), families.text(3)])
-    return AttuneHeadHunter.execute(positive=positive, **{k: [v] for k, v in given.items()}).result
+    return AttuneHeadHunter.execute(positive=positive, **{k: [v] for k, v in given.items()})
+
+
+def test_the_pickers_are_told_the_scores(user):
+    """What HeadHunter finds colours the head picker, and so does the file that it is saved in."""
+    model = families.shared("sd15")
+    found = run_node(candidates=select("middle.0.0 output.1.0:1", *model_sites(model)[::-1]))
+    AttuneSaveHeads.execute(model, found.result[0], "found")
+    (ui,) = AttuneLoadHeads.execute(model, "found").ui["attune_scores"]
+    assert found.ui["attune_scores"] == [{**ui, "title": "HeadHunter, test"}]
+    widths = {site.name: site.heads for site in model_sites(model)[1]}
+    assert ui["title"] == "found" and set(ui["sites"]) == {"middle.0.0", "output.1.0"}
+    assert all(len(row) == widths[site] for site, row in ui["sites"].items())
+    assert all(isinstance(v, float) for v in ui["sites"]["middle.0.0"])
+    assert [n for n, v in enumerate(ui["sites"]["output.1.0"]) if v is not None] == [1]
 
 
 def test_the_node(user):
-    heads, sheet, report = run_node()
+    heads, sheet, report = run_node().result
     assert len(heads) == 2 and heads.about["scores"]["rounds"][1]["score"] > 0
     assert sheet.ndim == 4 and sheet.shape[0] == 1 and sheet.min() >= 0 and sheet.max() <= 1
     assert sheet.flatten(0, 2).unique(dim=0).shape[0] > 50
     assert heads.text in report and "16 pictures made" in report
     assert (user / "attune" / "headhunter" / "test.sqlite").is_file()
-    assert "0 pictures made and scored now, 16 were in the log" in run_node()[2]
+    assert "0 pictures made and scored now, 16 were in the log" in run_node().result[2]
     saved, path = AttuneSaveHeads.execute(families.shared("sd15"), heads, "found").result
     assert saved is heads and path.endswith("found.json")
     loaded, summary = AttuneLoadHeads.execute(families.shared("sd15"), "found").result

@@ -83,6 +83,7 @@ def test_a_file_that_cannot_tell_is_refused_in_words(checkpoints, tmp_path_facto
         "other.safetensors": "can only be seen when it is loaded",
         "broken.safetensors": "cannot be read as a safetensors file",
         "old.ckpt": "can only be seen when it is loaded",
+        "elsewhere.gguf": "can only be seen when it is loaded",
     }.items():
         with pytest.raises(ValueError, match=sentence):
             layouts.of_file("checkpoints", name)

@@ -6,7 +6,7 @@ import torch
 from test_attention import reference
 
 from attune.methods import maps as maths
-from attune.patches import maps
+from attune.patches import maps, scfg
 from attune.patches.attention import model_sites
 from attune.patches.sites import select
 
@@ -208,3 +208,28 @@ def test_heat_and_paint():
     for label in range(9):
         colour = maths.COLOURS[0 if label == 0 else (label - 1) % 7 + 1]
         torch.testing.assert_close(solid[labels == label], torch.tensor(colour).expand(int((labels == label).sum()), 3))
+
+
+def test_a_clone_of_the_model_fills_the_same_handle():
+    """Any node after this one clones the model, and cloning copies what is on it."""
+    model = families.shared("sd15")
+    captured, held = maps.apply(model, kind="cross")
+    guided, used = scfg.apply(captured.clone())
+    sample(guided.clone())
+    assert len(held.records) == len(used.records) == 1
+    assert held.record().cross.keys() == used.record().cross.keys() and used.record().bytes > 0
+
+
+def test_what_is_a_by_product_does_not_stop_a_run():
+    model = families.shared("sd15")
+    guided, used = scfg.apply(model)
+    right = sample(guided, size=(16, 16))
+    used.records.clear()
+    used.limit_mb = 0.01
+    assert torch.equal(sample(guided, size=(16, 16)), right)
+    assert not used.records
+
+
+def test_one_layer_of_each_block_is_read():
+    _, sites = model_sites(families.shared("sdxl"))
+    assert [s.name for s in maps.auto_sites(sites, "unet")] == ["input.3.1", "middle.0.1", "output.0.1", "output.1.1"]

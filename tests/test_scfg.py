@@ -277,3 +277,20 @@ def test_bad_settings_are_refused():
     ):
         with pytest.raises(ValueError, match=words):
             scfg.apply(model, **settings)
+
+
+@pytest.mark.parametrize("apart", [False, True])
+def test_under_areas_the_regions_are_the_prompts_own(apart, monkeypatch):
+    """ComfyUI gives the negative a positive's area, and with it its name; they must not be taken for each other."""
+    model, looked_at, decided = families.shared("sd15"), [], maths.regions
+    if apart:  # every conditioning in a forward of its own
+        monkeypatch.setattr(type(model.model), "memory_required", lambda *args, **kwargs: 1e30)
+
+    def regions(maps):
+        looked_at.append(maps.shape[1])
+        return decided(maps)
+
+    monkeypatch.setattr(scfg.maths, "regions", regions)
+    positive = families.text(1, area=(8, 8, 0, 0), strength=1.0) + families.text(3, area=(8, 8, 0, 8), strength=1.0)
+    sample(scfg.apply(model)[0], positive=positive, size=(8, 16), steps=1)
+    assert looked_at == [7, 7]  # tokens, not start and others

@@ -2,9 +2,10 @@
 
 import families
 import pytest
+import torch
 
 from attune.patches.attention import model_sites
-from attune.patches.sites import check, select
+from attune.patches.sites import check, family, select
 
 EXPECTED = {
     "sd15": ("input.1.0 input.3.0 middle.0.0 output.0.0 output.1.0 output.2.0 output.3.0", ("self", "cross"), 4),
@@ -85,3 +86,50 @@ def test_heads_of_another_model_are_refused():
         with pytest.raises(ValueError, match="another model"):
             check(heads, sites, family)
     assert check(chosen("middle.0.0:1"), sites, family) == {"middle.0.0": (1,)}
+
+
+@pytest.mark.parametrize(
+    ("selection", "words"),
+    [
+        ("middle.0.0:0-3,12", "heads 0 to 3, not 12"),
+        ("middle.0.0:12", "heads 0 to 3, not 12"),
+        ("L5 L30", "no layer L30"),
+        ("L0H99", "heads 0 to 3, not 99"),
+        ("middle.0.0:7-9", "heads 0 to 3, not 7"),
+    ],
+)
+def test_numbers_far_too_high_are_refused_too(selection, words):
+    with pytest.raises(ValueError, match=words):
+        chosen(selection)
+
+
+def test_models_that_look_like_flux_are_refused():
+    """HunyuanVideo has double and single blocks too, but three sides to a patch; Chroma has no time embedding of FLUX's kind."""
+    from comfy.ldm.chroma.model import Chroma
+    from comfy.ldm.hunyuan_video.model import HunyuanVideo
+    from comfy.ops import disable_weight_init
+
+    small = {
+        "in_channels": 16,
+        "out_channels": 16,
+        "context_in_dim": 16,
+        "hidden_size": 64,
+        "mlp_ratio": 2.0,
+        "num_heads": 2,
+        "depth": 1,
+        "depth_single_blocks": 1,
+        "axes_dim": [8, 12, 12],
+        "theta": 256,
+        "qkv_bias": True,
+        "device": "meta",
+        "dtype": torch.float32,
+        "operations": disable_weight_init,
+    }
+    absent = {"byt5": False, "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None}
+    video = HunyuanVideo(
+        image_model="hunyuan_video", patch_size=[1, 2, 2], vec_in_dim=16, guidance_embed=False, **absent, **small
+    )
+    chroma = Chroma(image_model="chroma", patch_size=2, in_dim=8, out_dim=64, hidden_dim=16, n_layers=1, **small)
+    for model in (video, chroma):
+        with pytest.raises(ValueError, match=f"does not know the model class {type(model).__name__}"):
+            family(model)

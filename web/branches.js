@@ -12,7 +12,7 @@ function read(manual) {
     .split("\n")
     .filter((line) => line.trim())
     .map((line) => {
-      const at = line.indexOf("|")
+      const at = line.search(/[|｜]/)
       return at < 0 ? { subject: "", text: line.trim(), added: [] } : { subject: line.slice(0, at).trim(), text: line.slice(at + 1).trim(), added: [] }
     })
 }
@@ -185,7 +185,7 @@ class Editor {
       title: "The noun that the details are of; * is the whole picture",
       "aria-label": `Subject of branch ${i + 1}`,
       onfocus: () => (this.editing = true),
-      onkeydown: (event) => event.key === "Enter" && subject.blur(),
+      onkeydown: (event) => event.key === "Enter" && !event.isComposing && subject.blur(),
       onchange: () => this.change(i, { subject: subject.value.trim() })
     })
     subject.readOnly = isBase || this.fixed
@@ -236,7 +236,8 @@ class Editor {
     }
     field.addEventListener("blur", () => end(true))
     field.addEventListener("keydown", (event) => {
-      if (event.key === "Enter" && !event.shiftKey) end(true)
+      if (event.isComposing) return // Enter chooses a word of an input method
+      if (event.key === "Enter" && !event.shiftKey && !event.ctrlKey && !event.metaKey) end(true)
       else if (event.key === "Escape") end(false)
       else return
       event.preventDefault()
@@ -293,7 +294,12 @@ class Editor {
   }
 }
 
-told("attune_branches", (node, found) => editors.get(node)?.manual.trim() === "" && editors.get(node).tell(found))
+told("attune_branches", (node, found) => {
+  const editor = editors.get(node)
+  const text = editor?.inputs().text
+  // not where the prompt has been changed while it ran
+  if (editor?.manual.trim() === "" && (text === null || text === undefined || text === found.prompt)) editor.tell(found)
+})
 
 app.registerExtension({
   name: "Attune.Branches",

@@ -43,6 +43,8 @@ function connected(node) {
   return undefined
 }
 
+const isScore = (score) => score !== undefined && score !== null
+
 /** Blue over grey to yellow, for scores from 0 to 1; told apart by colour-blind eyes. */
 function warm(t) {
   const stops = [[0, 32, 76], [59, 73, 108], [112, 113, 115], [166, 157, 117], [225, 204, 85], [255, 234, 70]]
@@ -137,6 +139,7 @@ class Picker {
 
   async find(question, key) {
     let layout = null
+    this.untold = question === undefined // only a run can tell
     this.problem = question === null ? "Connect a model, or choose one above to see its heads." : ""
     try {
       if (question?.missing) this.problem = `“${question.missing}” is not on this machine; choose a model above to see its heads.`
@@ -149,6 +152,7 @@ class Picker {
       this.problem = error.message
     }
     if (layout?.untold) {
+      this.untold = true
       this.problem = layout.untold
       layout = this.node.properties?.attune_layout ?? null // what the last run has told
     }
@@ -159,8 +163,9 @@ class Picker {
   tell(layout) {
     this.run = { key: this.key, layout }
     this.problem = ""
-    if (!this.node.properties?.attune_preset && !this.layout) {
+    if (!this.node.properties?.attune_preset && (this.untold || !this.layout)) {
       this.node.properties.attune_layout = layout // a loader that cannot be asked: known again after a reload
+      saved(this.node)
     }
     if (!this.node.properties?.attune_preset) this.show(layout)
   }
@@ -248,7 +253,7 @@ class Picker {
     if (this.hover && this.layout) {
       const [i, n] = this.hover
       const score = scored?.sites[this.layers[i][0]]?.[n]
-      line = `${this.layers[i][0]}${n < 0 ? "" : ` head ${n}`}${n >= 0 && this.chosen[i][n] ? ", chosen" : ""}${score === undefined ? "" : `, ${score.toPrecision(3)}`}`
+      line = `${this.layers[i][0]}${n < 0 ? "" : ` head ${n}`}${n >= 0 && this.chosen[i][n] ? ", chosen" : ""}${!isScore(score) ? "" : `, ${score.toPrecision(3)}`}`
     }
     const wrong = this.bad[0] && `${this.bad[0].why} (in “${this.bad[0].item}”)`
     this.status.textContent = this.layout ? wrong || line : this.problem
@@ -311,7 +316,7 @@ class Picker {
       colour(this.root, "--input-text", "#ddd")
     ]
     const scored = this.heat()
-    const every = scored ? Object.values(scored.sites).flat() : []
+    const every = scored ? Object.values(scored.sites).flat().filter(isScore) : []
     const [low, top] = [Math.min(...every), Math.max(...every)]
     c.font = "9px Inter, Arial, sans-serif"
     c.textBaseline = "middle"
@@ -328,13 +333,13 @@ class Picker {
         const x = LABELS + n * m.cell
         const [w, h] = [m.cell - 1.5, m.high - 1.5]
         const score = scored?.sites[name]?.[n]
-        c.fillStyle = score !== undefined ? warm((score - low) / (top - low || 1)) : this.chosen[i][n] ? accent : empty
-        c.globalAlpha = score === undefined && !this.chosen[i][n] ? 0.55 : 1
+        c.fillStyle = isScore(score) ? warm((score - low) / (top - low || 1)) : this.chosen[i][n] ? accent : empty
+        c.globalAlpha = !isScore(score) && !this.chosen[i][n] ? 0.55 : 1
         c.beginPath()
         c.roundRect(x, y, w, h, 2)
         c.fill()
         c.globalAlpha = 1
-        if (score !== undefined && this.chosen[i][n]) {
+        if (isScore(score) && this.chosen[i][n]) {
           c.strokeStyle = strong
           c.lineWidth = 1.6
           c.stroke()

@@ -5,7 +5,8 @@ import { app, api, ask, attach, locate, make } from "./shared.js"
 const SETTING = "Attune.LiveMaps"
 // Okabe and Ito's colours, as in the nodes' own pictures; the first is the background.
 const COLOURS = [[60, 60, 60], [230, 159, 0], [87, 181, 232], [0, 158, 115], [240, 227, 66], [0, 115, 178], [214, 94, 0], [204, 120, 166]]
-const STOPS = [[0, 0, 4], [40, 11, 84], [101, 21, 110], [159, 42, 99], [212, 72, 66], [245, 125, 21], [250, 193, 39], [252, 255, 164]]
+// plasma, as in Show Attention Maps
+const STOPS = [[13, 8, 135], [84, 2, 163], [139, 10, 165], [185, 50, 137], [219, 92, 104], [244, 136, 73], [254, 188, 43], [240, 249, 33]]
 const HEAT = Array.from({ length: 256 }, (_, v) => {
   const at = Math.min(0.9999, v / 255) * (STOPS.length - 1)
   const [a, b] = [STOPS[Math.floor(at)], STOPS[Math.floor(at) + 1]]

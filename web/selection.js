@@ -15,6 +15,7 @@ function numbers(text, count) {
     const last = Number(match[2] ?? match[1])
     if (last < first) throw new Error(`the range “${part}” runs backwards`)
     for (let n = first; n <= Math.min(last, count); n++) out.add(n)
+    if (first > count) out.add(first) // the caller says what is too high
   }
   return [...out].sort((a, b) => a - b)
 }

@@ -72,11 +72,17 @@ export function make(tag, settings = {}, ...children) {
   return element
 }
 
+const OWN_KEYS = [" ", "a", "c", "v", "x", "z", "y"] // with Ctrl: what text fields and the head picker do with them
+
 /** A DOM widget at the end of a node, in no workflow's values. `tick` is called when something may have changed. */
 export function attach(node, name, element, { height, tick, remove }) {
-  for (const type of ["pointerdown", "mousedown", "dblclick", "contextmenu", "wheel", "keydown", "paste", "copy"]) {
+  for (const type of ["pointerdown", "mousedown", "dblclick", "contextmenu", "wheel", "paste", "copy"]) {
     element.addEventListener(type, (event) => event.stopPropagation())
   }
+  element.addEventListener("keydown", (event) => {
+    const held = event.ctrlKey || event.metaKey || event.altKey
+    if (!held || OWN_KEYS.includes(event.key.toLowerCase())) event.stopPropagation() // the editor's other shortcuts go on
+  })
   const widget = node.addDOMWidget(name, "attune", element, {
     serialize: false,
     getMinHeight: () => height + MARGIN,
@@ -199,9 +205,10 @@ export async function ask(path, body) {
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify(body)
     })
+    if (answer.status === 404) throw new Error("This ComfyUI does not know the route: restart it after an update of Attune.")
     found = await answer.json()
-  } catch {
-    throw new Error("ComfyUI does not answer; is it still running?")
+  } catch (error) {
+    throw error.message.startsWith("This ComfyUI") ? error : new Error("ComfyUI does not answer; is it still running?")
   }
   if (found.error) throw new Error(found.error)
   return found

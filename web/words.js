@@ -43,7 +43,7 @@ class Chips {
   }
 
   phrases() {
-    return (widgetOf(this.node, "words")?.value ?? "").split(/[,\n]/).map((part) => part.trim()).filter(Boolean)
+    return (widgetOf(this.node, "words")?.value ?? "").split(/[,，、\n]/).map((part) => part.trim()).filter(Boolean)
   }
 
   /** For every word the phrase that it is in, by its place in the list; -1: in none. Repeated ones count everywhere. */
@@ -65,7 +65,8 @@ class Chips {
     this.words = fresh ? fresh.words.map((w) => w.text) : split(text ?? "")
     const chosen = this.phrases()
     const automatic = !chosen.length
-    const owner = this.owners(automatic ? (fresh?.phrases ?? []) : chosen)
+    this.shown = automatic ? (fresh?.phrases ?? []) : chosen
+    const owner = this.owners(this.shown)
     const encoders = fresh ? fresh.encoders : [null]
     const focused = this.root.contains(document.activeElement) ? document.activeElement.dataset : null
     this.buttons = []
@@ -74,7 +75,7 @@ class Chips {
         const row = make("div", { className: "attune-chips", role: "group", "aria-label": encoder ? `Words for ${NAMES[encoder]}` : "Words of the prompt" })
         this.words.forEach((word, i) => {
           const columns = encoder ? (fresh.words[i].encoders[encoder] ?? []) : []
-          const joined = i > 0 && owner[i] >= 0 && owner[i] === owner[i - 1] && this.together(owner[i], i, automatic ? fresh?.phrases : chosen)
+          const joined = i > 0 && owner[i] >= 0 && owner[i] === owner[i - 1] && this.together(owner[i], i, this.shown)
           const button = make("button", {
             type: "button",
             className: `attune-chip${owner[i] >= 0 && automatic ? " auto" : ""}${joined ? " joined" : ""}`,
@@ -149,9 +150,9 @@ class Chips {
     mark(i)
   }
 
-  /** Choose a row of words as a phrase; a click on a chosen word takes its phrase out. */
+  /** Choose a row of words as a phrase, beside what is shown; a click on a word that is shown as chosen takes its phrase out. */
   choose(from, to) {
-    let list = this.phrases()
+    let list = [...this.shown]
     const owner = this.owners(list)
     if (from === to && owner[from] >= 0) list = list.filter((_, p) => p !== owner[from])
     else {
