@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import argparse
+import ctypes
 import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.model_management
@@ -145,6 +146,20 @@ def measure(
     return {name: statistics.median(taken) for name, taken in times.items()}, peaks, weights
 
 
+def named(rows: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
+    """The first row, and those with one of these words in their names; all for no words."""
+    return {name: row for i, (name, row) in enumerate(rows.items()) if i == 0 or not parts or any(p in name for p in parts)}
+
+
+def keep_memory() -> None:
+    """Let the C library keep freed memory: else it gives large tensors back, and the kernel's clearing of new pages is most of the noise."""
+    if sys.platform == "linux":
+        library = ctypes.CDLL(None)
+        if hasattr(library, "mallopt"):  # glibc
+            library.mallopt(-4, 0)  # M_MMAP_MAX
+            library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+
+
 def interleaved(
     runs: dict[str, Callable[[], Tensor]], steps: int, rounds: int, device: torch.device
 ) -> tuple[dict[str, list[float]], dict[str, int]]:
@@ -152,6 +167,7 @@ def interleaved(
 
     Rounds are interleaved, so that a busy moment hits all. The first, which is not timed, warms up and takes the peaks.
     """
+    keep_memory()
     times: dict[str, list[float]] = {name: [] for name in runs}
     peaks = dict.fromkeys(runs, 0)
     for turn in range(rounds + 1):

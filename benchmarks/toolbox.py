@@ -9,7 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -91,17 +91,12 @@ def tools(scorer: Scorer, vae: Any, args: argparse.Namespace) -> list[Tool]:
     ]
 
 
-def named(rows: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
-    """The plain row, and those with one of these words in their names; all for no words."""
-    return {name: row for name, row in rows.items() if not parts or name in ("plain", PLAIN) or any(p in name for p in parts)}
-
-
 def effect(args: argparse.Namespace) -> None:
     """Print, per tool, shares over all pictures and paired differences to plain with 95 % intervals over prompts."""
     captions = world.prompts(args.split, args.prompts, args.things)
     base, clip, vae = model.load()
     scorer = DemoScorer()
-    chosen = named({t.name: t for t in tools(scorer, vae, args)}, args.rows).values()
+    chosen = _sd15.named({t.name: t for t in tools(scorer, vae, args)}, args.rows).values()
     first: dict[str, list[float]] = {}
     seconds = 0.0
     print("| tool | all present | against plain | all bound | against plain | CLIP-T | against plain | diversity kept | time |")
@@ -146,7 +141,7 @@ def settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--split", choices=("test", "tune"), default="test", help="tune is for choosing settings")
     parser.add_argument("--cfg", type=float, default=5.0)
     parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--strength", type=float, default=1.0, help="of the fusion")
+    parser.add_argument("--strength", type=float, default=0.5, help="of the fusion")
     for name, value in GATE.items():
         parser.add_argument(f"--{name}", type=type(value), default=value, help="of the gate")
 
@@ -161,7 +156,7 @@ def main(argv: list[str]) -> int:
             f"{__doc__} Also: --cost-only, --effect-only; of the effect --prompts, --pictures, --things, --split, --cfg, --seed, "
             "--strength of the fusion, and the gate's settings; of both --rows."
         )
-        _sd15.main("toolbox", about, lambda plain: named(variants(plain), own.rows), LIMITS, rest)
+        _sd15.main("toolbox", about, lambda plain: _sd15.named(variants(plain), own.rows), LIMITS, rest)
     if not own.cost_only:
         print(
             f"\nThe bundled model, {own.prompts} prompts of {own.things} things ({own.split}), {own.pictures} pictures each, 20 steps, cfg "

@@ -32,11 +32,11 @@ class AttunePhraseFusion(io.ComfyNode):
                 ),
                 io.Float.Input(
                     "strength",
-                    default=1.0,
+                    default=0.5,
                     min=0.0,
                     max=1.0,
                     step=0.05,
-                    tooltip="How far each word's attention moves to its phrase's mean: 1 is all the way, 0 is off.",
+                    tooltip="How far each word's attention moves to its phrase's mean: 1 is all the way and often too much, 0 is off.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The steered model: connect it to a KSampler.")],

@@ -25,7 +25,7 @@ def groups(words: Words) -> tuple[tuple[int, ...], ...]:
     return maths.joined(parts)
 
 
-def apply(model: ModelPatcher, words: Words, strength: float = 1.0, heads: Heads | None = None) -> ModelPatcher:
+def apply(model: ModelPatcher, words: Words, strength: float = 0.5, heads: Heads | None = None) -> ModelPatcher:
     """A clone of ``model`` whose words of one phrase share their attention; with strength 0, or nothing to fuse, just a clone.
 
     Args:

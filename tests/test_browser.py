@@ -535,3 +535,16 @@ def test_everything_is_as_it_was_after_a_reload(editor, vue):
     assert selection(editor) == "input.1.0:0-1 middle.*.*"
     assert editor("() => t.value('AttuneWords', 'words')") == "star, circle"
     editor.setting(VUE, False)
+
+
+# --- languages --------------------------------------------------------------------------------------------------------
+
+
+def test_names_and_help_are_there_in_chinese(editor):
+    """What the editor asks for; some of its versions drop what they are given here when they load their own words."""
+    chinese = json.loads((ROOT / "locales" / "zh" / "nodeDefs.json").read_text(encoding="utf-8"))
+    given = editor.server.get("/i18n")["zh"]
+    assert {name: given["nodeDefs"][name] for name in chinese} == chinese
+    assert given["settings"]["Attune_LiveMaps"]["name"] == "采样时显示注意力图"
+    for page in ("AttuneSoftPAG.md", "AttuneSoftPAG/zh.md", "pictures/AttuneSoftPAG.jpg"):
+        assert editor("async (path) => (await fetch(path)).status", f"{WEB}/docs/{page}") == 200
