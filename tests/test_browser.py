@@ -441,6 +441,28 @@ def test_regulation_and_capture_show_their_maps_until_the_setting_is_off(editor)
     editor.setting("Attune.LiveMaps", True)
 
 
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "nodes 2.0"])
+def test_every_node_of_a_stack_shows_its_maps(editor, vue):
+    editor.setting(VUE, vue)
+    try:
+        load(editor, "stack_demo")
+        to(editor, "AttuneSemanticCFG")
+        editor.run()
+        editor.wait("() => [...document.querySelectorAll('.attune-live')].filter((e) => e.dataset.step === '4').length >= 1")
+        kinds = editor("() => [...new Set(t.maps.map((m) => t.app.graph.getNodeById(Number(m.node)).type))].sort()")
+        assert kinds == ["AttuneRegulation", "AttuneSemanticCFG"]
+        assert editor("() => document.querySelectorAll('.lg-node .attune-live').length > 0") == vue
+        if not vue:  # nodes that have grown cover no others
+            over = editor(
+                """() => { const boxes = t.app.graph.nodes.map((n) => n.getBounding())
+                    return boxes.flatMap((a, i) => boxes.slice(i + 1).filter((b) =>
+                        a[0] < b[0] + b[2] && b[0] < a[0] + a[2] && a[1] < b[1] + b[3] && b[1] < a[1] + a[3])).length }"""
+            )
+            assert over == 0
+    finally:
+        editor.setting(VUE, False)
+
+
 # --- branches, and coming back ----------------------------------------------------------------------------------------
 
 MANUAL = "* | a dog and a cat\ndog | a red dog and a cat\ncat | a dog and a blue cat"

@@ -98,9 +98,9 @@ def test_a_prompt_of_two_chunks_and_one_that_comfyui_repeats():
     model = families.shared("sd15")
     long = words((75, 80), total=154, content=range(1, 150))
     settings = {"positive": families.text(1, 154), "negative": families.text(2, 77), "steps": 1}
-    close(sample(fusion.apply(model, long), **settings), sample(slow(model, [(75, 80)], 1.0), **settings), 1e-3)
+    close(sample(fusion.apply(model, long, 1.0), **settings), sample(slow(model, [(75, 80)], 1.0), **settings), 1e-3)
     settings = {"positive": families.text(1, 7), "negative": families.text(2, 14), "steps": 1}
-    ours = sample(fusion.apply(model, PHRASES), **settings)
+    ours = sample(fusion.apply(model, PHRASES, 1.0), **settings)
     close(ours, sample(slow(model, [(1, 2), (4, 5, 6)], 1.0, copies=2), **settings), 1e-3)
 
 
@@ -121,7 +121,7 @@ def test_only_the_prompt_that_the_words_are_of():
     def look(call, weights):
         seen.append((call.uuids, [float((w[..., 1] - w[..., 2]).abs().max()) for w in weights]))
 
-    patched = fusion.apply(model, PHRASES)
+    patched = fusion.apply(model, PHRASES, 1.0)
     request(patched, Request("read", {("middle.0.0", "cross"): None}, look, rows="cond", columns=(0, 1, 2)))
     sample(patched, positive=both, steps=1)
     gaps = [gap for _, found in seen for gap in found]
@@ -132,7 +132,7 @@ def test_chosen_heads_only_and_readers_see_it():
     model = families.shared("sd15")
     heads = select("middle.0.0:0,2", model_sites(model)[1], "unet")
     seen = []
-    patched = fusion.apply(model, PHRASES, heads=heads)
+    patched = fusion.apply(model, PHRASES, 1.0, heads)
     request(patched, Request("read", {("middle.0.0", "cross"): None}, lambda call, w: seen.append(w), rows="cond"))
     sample(patched, steps=1)
     gap = (seen[0][0][..., 1] - seen[0][0][..., 2]).abs().amax(-1)
