@@ -158,6 +158,10 @@ def keep_memory() -> None:
         if hasattr(library, "mallopt"):  # glibc
             library.mallopt(-4, 0)  # M_MMAP_MAX
             library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
+            if comfy.model_management.cpu_mode():  # what is kept looks taken, and ComfyUI would split batches
+                comfy.model_management.get_free_memory = lambda *_, torch_free_too=False: (
+                    (2**50, 2**50) if torch_free_too else 2**50
+                )
 
 
 def interleaved(
