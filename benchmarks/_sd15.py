@@ -136,14 +136,19 @@ def count(variants: Variants, width: int, latent: int) -> dict[str, int]:
 
 def measure(
     variants: Variants, width: int, latent: int, steps: int, rounds: int
-) -> tuple[dict[str, float], dict[str, int], int]:
-    """Median seconds of a step and peak bytes beside the weights of each variant, and the weights' bytes."""
+) -> tuple[dict[str, list[float]], dict[str, int], int]:
+    """Seconds of a step in each round and peak bytes beside the weights of each variant, and the weights' bytes."""
     device = comfy.model_management.get_torch_device()
     plain = with_data(width, device)
     weights = sum(p.numel() * p.element_size() for p in plain.model.diffusion_model.parameters())
     runs = {name: stepper(model, steps, latent) for name, model in variants(plain).items()}
     times, peaks = interleaved(runs, steps, rounds, device)
-    return {name: statistics.median(taken) for name, taken in times.items()}, peaks, weights
+    return times, peaks, weights
+
+
+def paired(taken: Sequence[float], plain: Sequence[float]) -> float:
+    """The median ratio to the plain run of the same round: a busy minute hits both."""
+    return statistics.median(t / p for t, p in zip(taken, plain, strict=True))
 
 
 def named(rows: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
@@ -204,12 +209,14 @@ def main(
     args = parser.parse_args(argv)
     flops = count(variants, args.width, args.latent) if with_flops else {}
     print(f"SD1.5-shaped UNet, {args.width} channels, latent {args.latent}×{args.latent}: ratios to the plain CFG step")
-    times: dict[str, float] = {}
+    times: dict[str, list[float]] = {}
     peaks: dict[str, int] = {}
     if not (with_flops and args.flops_only):
         times, peaks, weights = measure(variants, args.width, args.latent, args.steps, args.rounds)
         device = comfy.model_management.get_torch_device()
-        print(f"{device}, plain CFG step {times[PLAIN]:.3f} s (median of {args.rounds}), weights {weights / 2**20:.0f} MB,")
+        print(
+            f"{device}, plain CFG step {statistics.median(times[PLAIN]):.3f} s (median of {args.rounds}), weights {weights / 2**20:.0f} MB,"
+        )
         print(f"and {peaks[PLAIN] / 2**20:.0f} MB beside them at the most (memory: the ratio of that part alone)")
 
     def ratio(values: dict[str, Any], name: str) -> str:
@@ -219,5 +226,6 @@ def main(
     print("|---|---|---|---|---|")
     for name in times or flops:
         limit = f"{limits[name]:.2f}" if name in limits else ""
-        print(f"| {name} | {ratio(flops, name)} | {ratio(times, name)} | {ratio(peaks, name)} | {limit} |")
+        time_of = f"{paired(times[name], times[PLAIN]):.3f}" if times else "n/a"
+        print(f"| {name} | {ratio(flops, name)} | {time_of} | {ratio(peaks, name)} | {limit} |")
     return 0

@@ -101,8 +101,7 @@ def cost(argv: list[str]) -> None:
     print("|---|---|---|---|")
     for name, taken in times.items():
         limit = f"{LIMITS[name]:.2f}" if name in LIMITS else ""
-        ratio = statistics.median(t / p for t, p in zip(taken, times[first], strict=True))
-        print(f"| {name} | {ratio:.3f} | {peaks[name] / peaks[first]:.3f} | {limit} |")
+        print(f"| {name} | {_sd15.paired(taken, times[first]):.3f} | {peaks[name] / peaks[first]:.3f} | {limit} |")
 
 
 # --- the effect ---------------------------------------------------------------------------------------------------------
