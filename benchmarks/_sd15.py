@@ -156,6 +156,9 @@ def named(rows: dict[str, Any], parts: Sequence[str]) -> dict[str, Any]:
     return {name: row for i, (name, row) in enumerate(rows.items()) if i == 0 or not parts or any(p in name for p in parts)}
 
 
+ROOM = 16 * 2**30  # bytes that ComfyUI is told are free on a CPU
+
+
 def keep_memory() -> None:
     """Let the C library keep freed memory: else it gives large tensors back, and the kernel's clearing of new pages is most of the noise."""
     if sys.platform == "linux":
@@ -163,9 +166,10 @@ def keep_memory() -> None:
         if hasattr(library, "mallopt"):  # glibc
             library.mallopt(-4, 0)  # M_MMAP_MAX
             library.mallopt(-1, -1)  # M_TRIM_THRESHOLD: never
-            if comfy.model_management.cpu_mode():  # what is kept looks taken, and ComfyUI would split batches
-                comfy.model_management.get_free_memory = lambda *_, torch_free_too=False: (
-                    (2**50, 2**50) if torch_free_too else 2**50
+            if comfy.model_management.cpu_mode():
+                # What is kept looks taken, and ComfyUI would split batches and attention by that.
+                comfy.model_management.get_free_memory = lambda dev=None, torch_free_too=False: (
+                    (ROOM, ROOM) if torch_free_too else ROOM
                 )
 
 
