@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 import zipfile
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -268,7 +269,8 @@ def test_no_server_survives_the_job(tmp_path, sent, code):
     env = {**os.environ, "COMFYUI_PATH": str(_comfyui(tmp_path, ANSWERS)), "FAKE_PIDS": str(tmp_path / "pids")}
     env["TMPDIR"] = str(tmp_path)
     command = [sys.executable, str(ROOT / "run.py"), "demo", "--workflow", str(_tiny()), "--output", str(tmp_path / "out")]
-    job = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    listen = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)  # a shell's background jobs are started deaf to it
+    job = subprocess.Popen(command, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, preexec_fn=listen)
     try:
         assert job.stdout
         lines = [job.stdout.readline(), job.stdout.readline()]
