@@ -15,7 +15,23 @@ def model_folders(kind: str) -> list[str]:
     return list(folders(kind)) or [NONE]
 
 
-class AttuneClipScorer(io.ComfyNode):
+class _OfFolder(io.ComfyNode):
+    """A node whose scorer is made of a model folder."""
+
+    scorer: type[ClipScorer] | type[PreferenceScorer]
+
+    @classmethod
+    def fingerprint_inputs(cls, folder) -> str:
+        return fingerprint(SCORERS, folder)
+
+    @classmethod
+    def execute(cls, folder) -> io.NodeOutput:
+        return io.NodeOutput(cls.scorer(folder))
+
+
+class AttuneClipScorer(_OfFolder):
+    scorer = ClipScorer
+
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -39,16 +55,10 @@ class AttuneClipScorer(io.ComfyNode):
             ],
         )
 
-    @classmethod
-    def fingerprint_inputs(cls, folder) -> str:
-        return fingerprint(SCORERS, folder)
 
-    @classmethod
-    def execute(cls, folder) -> io.NodeOutput:
-        return io.NodeOutput(ClipScorer(folder))
+class AttunePreferenceScorer(_OfFolder):
+    scorer = PreferenceScorer
 
-
-class AttunePreferenceScorer(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -72,14 +82,6 @@ class AttunePreferenceScorer(io.ComfyNode):
                 )
             ],
         )
-
-    @classmethod
-    def fingerprint_inputs(cls, folder) -> str:
-        return fingerprint(SCORERS, folder)
-
-    @classmethod
-    def execute(cls, folder) -> io.NodeOutput:
-        return io.NodeOutput(PreferenceScorer(folder))
 
 
 class AttuneDemoScorer(io.ComfyNode):

@@ -24,6 +24,12 @@ def prompt(conds: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
     return whole_picture(positive) or next(iter(positive), None)
 
 
+def own_name(call: Call) -> Any:
+    """ComfyUI's name of the conditioning that the words belong to; None outside a run, where prompts have no names."""
+    cond = None if call.run is None else prompt(call.run.conds)
+    return None if cond is None else cond.get("uuid")
+
+
 def text_places(model: ModelPatcher, method: str, heads: Heads | None = None) -> Where:
     """Every place where image tokens attend to text, or those of a selection.
 
@@ -83,8 +89,7 @@ def edit_own(
     Outside a run, where prompts have no names, it is all of them.
     """
     chunks = [i for i, role in enumerate(call.chunks) if call.perturbed or role == 0]
-    cond = None if call.run is None else prompt(call.run.conds)
-    name = None if cond is None else cond.get("uuid")
+    name = own_name(call)
     mine = [n for n, i in enumerate(chunks) if name is None or call.uuids[i : i + 1] == (name,)]
     if not mine:
         return None

@@ -12,7 +12,7 @@ from ..methods import regulation as maths
 from . import live
 from .attention import COND, Call, ModelPatcher, Request, Span, index, model_sites, request
 from .maps import auto_sites
-from .prompts import edit_own, guard, prompt
+from .prompts import edit_own, guard, own_name
 from .sites import Heads, Site, check
 
 if TYPE_CHECKING:
@@ -57,8 +57,9 @@ class _Method:
         pictures = call.batch // len(call.chunks)
         targets = index(self.targets, part.device)
         old = maths.shape(part, targets).unflatten(1, (-1, pictures))
-        name = self._prompt(call)
-        edit = self._layer(call, name, old[:, 0].detach()) * (self.strength * maths.fading(call.step or 0, self.decay))
+        edit = self._layer(call, own_name(call), old[:, 0].detach()) * (
+            self.strength * maths.fading(call.step or 0, self.decay)
+        )
         raised, factor = maths.regulated(old, edit[:, None])
         raised, factor = raised.flatten(1, 2).permute(1, 2, 3, 0), factor.flatten(0, 1)[..., None]
         if not call.perturbed and (feed := live.Feed.of(call, self.node, self.names)) is not None:
@@ -90,12 +91,6 @@ class _Method:
         theta = maths.start(len(old), heads, seed + 1_000_003 * call.site.layer + 7_919 * (call.step or 0), old)
         edit = maths.solve(old.flatten(1, 2), theta.repeat(1, pictures, 1, 1), state[grid], self.iterations)
         return edit.view(old.shape)
-
-    @staticmethod
-    def _prompt(call: Call) -> Any:
-        """The conditioning that the words belong to, or None outside a run, where every conditional row is edited."""
-        cond = None if call.run is None else prompt(call.run.conds)
-        return None if cond is None else cond.get("uuid")
 
 
 def auto_layers(sites: tuple[Site, ...], family: str) -> tuple[Site, ...]:

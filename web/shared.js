@@ -198,18 +198,11 @@ export function told(name, act) {
 
 /** Ask a route of the pack; throws an Error with its sentence. */
 export async function ask(path, body) {
-  let found
-  try {
-    const answer = await api.fetchApi(`/attune/${path}`, {
-      method: "POST",
-      headers: { "Content-Type": "application/json" },
-      body: JSON.stringify(body)
-    })
-    if (answer.status === 404) throw new Error("This ComfyUI does not know the route: restart it after an update of Attune.")
-    found = await answer.json()
-  } catch (error) {
-    throw error.message.startsWith("This ComfyUI") ? error : new Error("ComfyUI does not answer; is it still running?")
-  }
+  const request = { method: "POST", headers: { "Content-Type": "application/json" }, body: JSON.stringify(body) }
+  const answer = await api.fetchApi(`/attune/${path}`, request).catch(() => null)
+  if (answer?.status === 404) throw new Error("This ComfyUI does not know the route: restart it after an update of Attune.")
+  const found = await answer?.json().catch(() => null)
+  if (!found) throw new Error("ComfyUI does not answer; is it still running?")
   if (found.error) throw new Error(found.error)
   return found
 }
