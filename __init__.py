@@ -8,7 +8,7 @@ WEB_DIRECTORY = "./web"
 async def comfy_entrypoint():  # type: ignore[no-untyped-def]  # ComfyUI's types are only there inside ComfyUI
     """ComfyUI's way in; the nodes are imported here and not before, so that ``methods`` can be used without ComfyUI."""
     from .nodes import Attune
-    from .nodes.browser import register
+    from .server.routes import register
 
     register()
     return Attune()

@@ -5,13 +5,16 @@ import sys
 # Every command that runs a module of the pack in the prepared environment: its name, the module, and what it does.
 # A name in angle brackets in the module is the command's first argument.
 COMMANDS = {
-    "demo": ("runtime.job", "make pictures with a real ComfyUI, with and without guidance, and a grid that compares them"),
-    "train": ("demo.train", "train the bundled model"),
+    "demo": (
+        "tools.runtime.job",
+        "make pictures with a real ComfyUI, with and without guidance, and a grid that compares them",
+    ),
+    "train": ("tools.training.shapes", "train the bundled model"),
     "evaluate": ("demo.evaluate", "measure how well a model draws what its prompts say"),
-    "evaluator": ("demo.evaluator", "train or check the reader of pictures that evaluate uses"),
-    "hunt": ("nodes.hunt", "search for attention heads as a config file says, here or on a Ray cluster"),
-    "locales": ("nodes.locales", "write the English words of the nodes for the frontend, and check the other languages"),
-    "bench": ("benchmarks.<name>", "run one of the benchmarks, by name"),
+    "reader": ("demo.reader", "train or check the reader of pictures that evaluate uses"),
+    "hunt": ("hunt.command", "search for attention heads as a config file says, here or on a Ray cluster"),
+    "locales": ("tools.locales", "write the English words of the nodes for the frontend, and check the other languages"),
+    "bench": ("tools.benchmarks.<name>", "run one of the benchmarks, by name"),
 }
 
 OLDEST = (3, 10)
@@ -19,6 +22,6 @@ OLDEST = (3, 10)
 if __name__ == "__main__":
     if sys.version_info[:2] < OLDEST:  # before any import that an older Python could not read
         sys.exit("Attune's commands need Python 3.10 or newer, and this is Python {}.{}.".format(*sys.version_info[:2]))
-    from runtime.cli import main
+    from tools.runtime.cli import main
 
     sys.exit(main(sys.argv[1:], COMMANDS))

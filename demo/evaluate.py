@@ -19,7 +19,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
-from . import evaluator, model, world
+from . import model, world
+from . import reader as evaluator
 
 Patch = Callable[[Any], Any]
 

@@ -18,8 +18,9 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..methods import scores as maths
-from ..patches.scorers import Scorer, chunks, digest, managed, ready
-from . import evaluator, world
+from ..scoring.scorers import Scorer, chunks, digest, managed, ready
+from . import reader as evaluator
+from . import world
 
 WEIGHTS = Path(__file__).parent / "weights" / "scorer.safetensors"
 WIDTH = 256  # of the vectors

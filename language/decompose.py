@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 
-from .grammar import Reading, read, shown
+from .grammar.reading import Reading, read, shown
 from .words import _EMBEDDING, _WORD, _key
 
 GRANULARITIES = ("subject", "attribute")

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
-from .grammar import read
+from .grammar.reading import read
 from .words import _EMBEDDING, _WORD, Phrase, Words, _key, _keys, _plain
 
 

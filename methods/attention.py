@@ -62,7 +62,7 @@ def probabilities(
     return torch.cat(blocks, dim=-2)
 
 
-def recolumn(out: Tensor, value: Tensor, before: Tensor, after: Tensor, rest: Tensor | None = None) -> Tensor:
+def replace_columns(out: Tensor, value: Tensor, before: Tensor, after: Tensor, rest: Tensor | None = None) -> Tensor:
     """Correct an attention output for new weights in a few columns: ``O' = r·(O − Σ_j a_j v_j) + Σ_j a'_j v_j``.
 
     Args:

@@ -30,7 +30,7 @@ def minmax(maps: Tensor) -> Tensor:
     return (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
 
 
-def binary(maps: Tensor, threshold: float = 0.5) -> Tensor:
+def subject_masks(maps: Tensor, threshold: float = 0.5) -> Tensor:
     """``B = 1[minmax(M) > τ]`` (equation 3), boolean."""
     return minmax(maps) > threshold
 

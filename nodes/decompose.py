@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..language.decompose import GRANULARITIES, ORDERS, decompose
-from . import browser
+from ..server import routes as browser
 
 AttuneBranchesType = io.Custom("ATTUNE_BRANCHES")
 

@@ -13,7 +13,7 @@ from comfy_api.latest import io
 
 from ..language.decompose import Branch, Branches
 from ..language.words import prompt_words
-from ..patches import detail
+from ..patches.detail import sampler as detail
 from .decompose import AttuneBranchesType
 
 

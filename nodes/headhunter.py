@@ -15,11 +15,14 @@ import folder_paths
 import latent_preview
 from comfy_api.latest import io
 
-from ..patches import evaluations, headhunter, headsets, layouts
-from ..patches.attention import model_sites
+from ..hunt import engine as headhunter
+from ..hunt import head_files as headsets
+from ..hunt import log as evaluations
+from ..hunt.report import image
+from ..patches.hook.attention import model_sites
+from ..server import layouts
 from .heads import AttuneHeadsType
 from .scorers import AttuneScorerType
-from .sheet import image
 
 NONE = "(none yet)"
 TEXT_INPUTS = ("text", "prompt", "t5xxl", "clip_l", "value", "string")
@@ -259,7 +262,7 @@ class AttuneHeadHunter(io.ComfyNode):
         finally:
             log.close()
         about = objective.strip() or "the prompts"
-        told = headsets.Told(found.heads.family, found.heads.chosen, headhunter.story(engine, found, about))
+        told = headsets.HeadFile(found.heads.family, found.heads.chosen, headhunter.story(engine, found, about))
         report = f"{headhunter.report(engine, found, f'objective: {about}')}\nlog: {path}"
         heat = layouts.scores(told.about["heatmap"], f"HeadHunter, {given['name']}")
         return io.NodeOutput(told, image(engine, found), report, ui=heat)

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..patches import layouts
-from ..patches.attention import model_sites
-from ..patches.sites import select
+from ..patches.hook.attention import model_sites
+from ..patches.hook.sites import select
+from ..server import layouts
 
 AttuneHeadsType = io.Custom("ATTUNE_HEADS")
 

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..patches import maps as patches
-from ..patches.attention import model_sites
-from ..patches.sites import select
-from . import pictures
+from ..patches.hook.attention import model_sites
+from ..patches.hook.sites import select
+from ..patches.maps import pictures
+from ..patches.maps import record as patches
 from .words import AttuneWordsType
 
 AttuneMapsType = io.Custom("ATTUNE_MAPS")

@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..patches import regulation
-from ..patches.attention import model_sites
-from ..patches.sites import select
+from ..patches.hook.attention import model_sites
+from ..patches.hook.sites import select
 from .words import AttuneWordsType
 
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..methods.scores import diversity
-from ..patches.detector import Detector
-from ..patches.scorers import DETECTORS, fingerprint
-from ..patches.scoring import METRICS, score, style_score, table
+from ..scoring.detector import Detector
+from ..scoring.metrics import METRICS, score, style_score, table
+from ..scoring.scorers import DETECTORS, fingerprint
 from .scorers import AttuneScorerType, model_folders
 
 WITHOUT = "none (use masks)"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..patches.scorers import SCORERS, ClipScorer, PreferenceScorer, fingerprint, folders
+from ..scoring.scorers import SCORERS, ClipScorer, PreferenceScorer, fingerprint, folders
 
 AttuneScorerType = io.Custom("ATTUNE_SCORER")
 NONE = "(none yet)"

@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..language.words import prompt_words
-from ..patches import live
-from . import browser
+from ..server import previews as live
+from ..server import routes as browser
 
 AttuneWordsType = io.Custom("ATTUNE_WORDS")
 

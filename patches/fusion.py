@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..methods import fusion as maths
-from .attention import COND, Call, ModelPatcher, Request, request
+from .hook.attention import COND, AttentionCall, ModelPatcher, Request, request
+from .hook.sites import Heads
 from .prompts import edit_own, guard, text_places
 from .regulation import T5
-from .sites import Heads
 
 if TYPE_CHECKING:
     from ..language.words import Words
@@ -47,9 +47,9 @@ def apply(model: ModelPatcher, words: Words, strength: float = 0.5, heads: Heads
     columns = tuple(sorted(c for group in fused for c in group))
     matrix = maths.mixing([[columns.index(c) for c in group] for group in fused], len(columns), strength)
 
-    def edit(call: Call, weights: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    def edit(call: AttentionCall, weights: Tensor) -> tuple[Tensor, Tensor | None] | None:
         return edit_own(call, weights, lambda part: (maths.fuse(part, matrix), None))
 
-    request(patched, Request("edit", where, edit, rows=COND, columns=columns, period=words.total))
+    request(patched, Request("edit", where, edit, rows=COND, columns=columns, prompt_columns=words.total))
     guard(patched, METHOD, words.total)
     return patched

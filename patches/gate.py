@@ -13,11 +13,11 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..methods import gate as maths
-from .attention import COND, RUN, Call, ModelPatcher, Request, Run, Span, request, step_at
-from .maps import tell
+from ..scoring.scorers import Scorer
+from .hook.attention import COND, RUN, AttentionCall, ModelPatcher, Request, SamplingRun, Span, request, step_at
+from .hook.sites import Heads
+from .maps.record import tell
 from .prompts import edit_own, guard, text_places
-from .scorers import Scorer
-from .sites import Heads
 
 if TYPE_CHECKING:
     from ..language.words import Words
@@ -59,7 +59,7 @@ class _Method:
     def look(self, args: Mapping[str, Any]) -> Tensor:
         """A post-CFG function: scores the estimate where it is time to, and changes nothing itself."""
         denoised, options = args["denoised"], args["model_options"].get("transformer_options", {})
-        run: Run | None = options.get(RUN)
+        run: SamplingRun | None = options.get(RUN)
         schedule = options.get("sample_sigmas")
         if run is None or schedule is None:
             return denoised
@@ -109,7 +109,7 @@ class _Method:
         small = ((flat + 1) / 2).clamp(0, 1)
         return small.repeat_interleave(PREVIEW, dim=1).repeat_interleave(PREVIEW, dim=2)
 
-    def edit(self, call: Call, weights: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    def edit(self, call: AttentionCall, weights: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """An ``edit`` request, from the evaluation after a score on."""
         state: _State | None = None if call.run is None else call.run.state.get(self.key)
         if state is None or state.gain is None or bool((state.gain == 1).all()):
@@ -197,7 +197,7 @@ def apply(
     members = tuple(tuple(columns.index(c) for c in phrase.columns) for phrase in words.phrases)
     texts = tuple(phrase.text for phrase in words.phrases)
     method = _Method(texts, members, len(columns), scorer, vae, threshold, softness, floor, every, span, mode, node)
-    request(patched, Request("edit", where, method.edit, rows=COND, span=span, columns=columns, period=words.total))
+    request(patched, Request("edit", where, method.edit, rows=COND, span=span, columns=columns, prompt_columns=words.total))
     guard(patched, METHOD, words.total)
     patched.set_model_sampler_post_cfg_function(method.look)
     patched.set_additional_models(f"attune_gate_{id(method)}", method.models)

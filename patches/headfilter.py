@@ -5,8 +5,8 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..methods import headfilter as maths
-from .attention import Call, ModelPatcher, Request, model_sites, request
-from .sites import Heads, check
+from .hook.attention import AttentionCall, ModelPatcher, Request, model_sites, request
+from .hook.sites import Heads, check
 
 METHOD = "Head Filter"
 KINDS = ("self", "cross", "both")
@@ -43,7 +43,7 @@ def apply(model: ModelPatcher, heads: Heads, kind: str = "both", others: str = m
     patched = model.clone()
     if where:
 
-        def act(call: Call, out: Tensor, value: Tensor) -> Tensor:
+        def act(call: AttentionCall, out: Tensor, value: Tensor) -> Tensor:
             return maths.silence(out, value, others)
 
         request(patched, Request("blend", where, act))

@@ -9,10 +9,10 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
-from .attention import KEY as REQUESTS
-from .attention import Call, ModelPatcher, index, model_sites
-from .maps import whole_picture
-from .sites import Heads, check
+from .hook.attention import KEY as REQUESTS
+from .hook.attention import AttentionCall, ModelPatcher, index, model_sites
+from .hook.sites import Heads, check
+from .maps.record import whole_picture
 
 KEY = "attune_words"
 Where = dict[tuple[str, str], tuple[int, ...] | None]
@@ -24,7 +24,7 @@ def prompt(conds: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
     return whole_picture(positive) or next(iter(positive), None)
 
 
-def own_name(call: Call) -> Any:
+def own_name(call: AttentionCall) -> Any:
     """ComfyUI's name of the conditioning that the words belong to; None outside a run, where prompts have no names."""
     cond = None if call.run is None else prompt(call.run.conds)
     return None if cond is None else cond.get("uuid")
@@ -73,7 +73,7 @@ def refuse(model: ModelPatcher, where: str) -> None:
         ValueError: with what to do.
     """
     asked = model.model_options.get("transformer_options", {}).get(REQUESTS, ())
-    if any(r.verb == "edit" and r.period is not None for r in asked):
+    if any(r.verb == "edit" and r.prompt_columns is not None for r in asked):
         raise ValueError(
             f"{where}: on this model a node acts on single words of one prompt (Attention Regulation, Phrase Fusion, Semantic Gate, Refine "
             "Attention with words), and here several prompts are drawn at once, in which other words have these places. Connect the model "
@@ -82,7 +82,7 @@ def refuse(model: ModelPatcher, where: str) -> None:
 
 
 def edit_own(
-    call: Call, weights: Tensor, edit: Callable[[Tensor], tuple[Tensor, Tensor | None]]
+    call: AttentionCall, weights: Tensor, edit: Callable[[Tensor], tuple[Tensor, Tensor | None]]
 ) -> tuple[Tensor, Tensor | None] | None:
     """An ``edit`` of the rows whose prompt the words are of, among the conditional rows ``weights [R, H, M, T]``.
 

@@ -7,10 +7,10 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..methods import refine as maths
-from .attention import COND, Call, ModelPatcher, Request, Span, _places, model_sites, request
+from .hook.attention import COND, AttentionCall, ModelPatcher, Request, Span, index_or_slice, model_sites, request
+from .hook.sites import Heads
 from .prompts import edit_own, guard, text_places
 from .regulation import CHUNK
-from .sites import Heads
 
 if TYPE_CHECKING:
     from ..language.words import Words
@@ -71,12 +71,12 @@ def apply(
     def refined(weights: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
         rows, heads, _, columns = weights.shape
         which = range(columns) if joint else every_token(columns) if targets is None else targets
-        places = _places(which, weights.device)
+        places = index_or_slice(which, weights.device)
         maps = weights[..., places].flatten(0, 1).transpose(-1, -2).contiguous()
         if joint:
             rest = (1 - maps.sum(dim=1)).clamp_min(0)
         else:  # all others are here
-            others = _places([c for c in range(columns) if c not in which], weights.device)
+            others = index_or_slice([c for c in range(columns) if c not in which], weights.device)
             rest = weights[..., others].sum(dim=-1).flatten(0, 1)
         new, factor = maths.refine(maps, rest, grid, rounds, keep, sigma)
         factor = factor.view(rows, heads, -1, 1)
@@ -87,14 +87,17 @@ def apply(
         whole[..., places] = new
         return whole, None
 
-    def edit(call: Call, weights: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    def edit(call: AttentionCall, weights: Tensor) -> tuple[Tensor, Tensor | None] | None:
         grid = (call.height, call.width)
         if targets is None:
             return refined(weights, grid)
         return edit_own(call, weights, lambda part: refined(part, grid))
 
-    period = None if words is None else words.total
-    request(patched, Request("edit", where, edit, rows=COND, span=span, columns=targets if joint else None, period=period))
+    prompt_columns = None if words is None else words.total
+    request(
+        patched,
+        Request("edit", where, edit, rows=COND, span=span, columns=targets if joint else None, prompt_columns=prompt_columns),
+    )
     if words is not None:
         guard(patched, METHOD, words.total)
     return patched

@@ -9,11 +9,11 @@ import torch
 from torch import Tensor
 
 from ..methods import regulation as maths
-from . import live
-from .attention import COND, Call, ModelPatcher, Request, Span, index, model_sites, request
-from .maps import auto_sites
+from ..server import previews as live
+from .hook.attention import COND, AttentionCall, ModelPatcher, Request, Span, index, model_sites, request
+from .hook.sites import Heads, Site, check
+from .maps.record import auto_sites
 from .prompts import edit_own, guard, own_name
-from .sites import Heads, Site, check
 
 if TYPE_CHECKING:
     from ..language.words import Words
@@ -46,14 +46,14 @@ class _Method:
     members: tuple[tuple[int, ...], ...] = ()  # and which of ``targets`` are theirs
     node: str | None = None  # whose maps an editor sees
 
-    def edit(self, call: Call, weights: Tensor) -> tuple[Tensor, Tensor | None] | None:
+    def edit(self, call: AttentionCall, weights: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """An ``edit`` request: ``[R, H, M, T + restored]`` to the same and the factor on all other columns.
 
         The restored columns stay as they are.
         """
         return edit_own(call, weights, lambda part: self._edit(call, part))
 
-    def _edit(self, call: Call, part: Tensor) -> tuple[Tensor, Tensor]:
+    def _edit(self, call: AttentionCall, part: Tensor) -> tuple[Tensor, Tensor]:
         pictures = call.batch // len(call.chunks)
         targets = index(self.targets, part.device)
         old = maths.shape(part, targets).unflatten(1, (-1, pictures))
@@ -66,7 +66,7 @@ class _Method:
             feed.add(call, torch.stack([raised[0][..., list(m)].mean(dim=-1) for m in self.members], dim=-1))
         return part.index_copy(-1, targets, raised), factor
 
-    def _layer(self, call: Call, name: Any, old: Tensor) -> Tensor:
+    def _layer(self, call: AttentionCall, name: Any, old: Tensor) -> Tensor:
         """``S_EMA [T, pictures, H, M]`` of this layer and step. It moves on once a step, however often the sampler asks."""
         if call.run is None:
             return self._solve(call, old)
@@ -80,7 +80,7 @@ class _Method:
             known = state[place] = _Layer(call.step, maths.average(None if known is None else known.edit, best, self.ema))
         return known.edit
 
-    def _solve(self, call: Call, old: Tensor) -> Tensor:
+    def _solve(self, call: AttentionCall, old: Tensor) -> Tensor:
         state: dict[Any, Any] = {} if call.run is None else call.run.state.setdefault(self.key, {})
         grid = (call.height, call.width)
         if grid not in state:
@@ -178,7 +178,7 @@ def apply(
         rows=COND,
         span=span,
         columns=columns,
-        period=words.total,
+        prompt_columns=words.total,
     )
     request(patched, edit)
     guard(patched, "Attention Regulation", words.total)

@@ -12,10 +12,22 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..methods import scfg as maths
-from . import live
-from .attention import ALL, COND, PIXELS, RUN, Call, ModelPatcher, Request, Run, Span, model_sites, request
-from .maps import Maps, Recorder, auto_sites
-from .sites import Site
+from ..server import previews as live
+from .hook.attention import (
+    ALL,
+    COND,
+    PIXELS,
+    RUN,
+    AttentionCall,
+    ModelPatcher,
+    Request,
+    SamplingRun,
+    Span,
+    model_sites,
+    request,
+)
+from .hook.sites import Site
+from .maps.record import Maps, Recorder, auto_sites
 
 REFERENCES = ("foreground", "background", "image")
 
@@ -86,7 +98,7 @@ class _Method:
         )
         return (pixels, text) if self.completion else (text,)  # pixels first: the text's maps are completed with them
 
-    def _evaluation(self, call: Call) -> _Evaluation | None:
+    def _evaluation(self, call: AttentionCall) -> _Evaluation | None:
         if call.run is None or call.sigma is None:
             return None
         now: _Evaluation | None = call.run.state.get(self.key)
@@ -94,12 +106,12 @@ class _Method:
             now = call.run.state[self.key] = _Evaluation(call.sigma)
         return now
 
-    def read_pixels(self, call: Call, weights: Tensor) -> None:
+    def read_pixels(self, call: AttentionCall, weights: Tensor) -> None:
         now = self._evaluation(call)
         if now is not None:
             now.waiting[call.site.name] = weights / weights.sum(dim=-1, keepdim=True) if call.kind == "joint" else weights
 
-    def read_text(self, call: Call, weights: Tensor) -> None:
+    def read_text(self, call: AttentionCall, weights: Tensor) -> None:
         now = self._evaluation(call)
         if now is None:
             return
@@ -125,7 +137,7 @@ class _Method:
             now.maps.setdefault(own_key, _Sum()).add(maps)
 
     @staticmethod
-    def _start(call: Call, cross: Tensor) -> int:
+    def _start(call: AttentionCall, cross: Tensor) -> int:
         """The column that takes what nothing else wants: CLIP's start token; for T5, which has none, the most attended one."""
         return 0 if call.kind == "cross" else int(cross.mean(dim=(0, 1)).argmax())
 
@@ -134,7 +146,7 @@ class _Method:
         denoised, scale = args["denoised"], float(args["cond_scale"])
         if args.get("uncond") is None or not self.span.holds(args["sigma"], args["model"].model_sampling):
             return denoised
-        run: Run | None = args["model_options"].get("transformer_options", {}).get(RUN)
+        run: SamplingRun | None = args["model_options"].get("transformer_options", {}).get(RUN)
         now: _Evaluation | None = None if run is None else run.state.pop(self.key, None)
         if now is None or not now.maps:
             raise RuntimeError(

@@ -10,9 +10,9 @@ import comfy.samplers
 from torch import Tensor
 
 from ..methods import softpag as maths
-from . import reuse
-from .attention import Call, ModelPatcher, Pass, Request, Span, install, model_sites, with_pass
-from .sites import Heads, Site, check, select
+from .hook import prefix_cache
+from .hook.attention import AttentionCall, ExtraForward, ModelPatcher, Request, Span, install, model_sites, with_extra_forward
+from .hook.sites import Heads, Site, check, select
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ def default_heads(family: str, sites: tuple[Site, ...]) -> Heads:
 
 
 def _request(perturbation: Perturbation, sites: Mapping[str, Site], chunk: int) -> Request:
-    def act(call: Call, out: Tensor, value: Tensor) -> Tensor:
+    def act(call: AttentionCall, out: Tensor, value: Tensor) -> Tensor:
         return maths.soften(out, value, perturbation.u)
 
     return Request(
@@ -43,7 +43,7 @@ def _request(perturbation: Perturbation, sites: Mapping[str, Site], chunk: int) 
         {(name, sites[name].kind): heads for name, heads in perturbation.heads.items()},
         act,
         rows=chunk,
-        covers=perturbation.u == 1,
+        ignores_output=perturbation.u == 1,
     )
 
 
@@ -63,7 +63,7 @@ def perturbed_predictions(
     by_name = {site.name: site for site in sites}
     first = min((by_name[name] for p in perturbations for name in p.heads), key=lambda s: s.layer)
     requests = tuple(_request(p, by_name, i) for i, p in enumerate(perturbations))
-    options = with_pass(args["model_options"], Pass(requests, first.block))
+    options = with_extra_forward(args["model_options"], ExtraForward(requests, first.block))
     conds = [args["cond"]] * len(perturbations)
     return comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], options)
 
@@ -92,7 +92,7 @@ def apply(
     one = Perturbation(chosen, perturbation)
     first = next(s for s in sites if s.name in chosen)
     options = patched.model_options.setdefault("transformer_options", {})
-    options[reuse.PREFIXES] = (*options.get(reuse.PREFIXES, ()), (span, first.block))
+    options[prefix_cache.PREFIXES] = (*options.get(prefix_cache.PREFIXES, ()), (span, first.block))
 
     def guidance(args: dict[str, Any]) -> Tensor:
         if not span.holds(args["sigma"], args["model"].model_sampling):

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ..methods import maps as pictures
 from ..methods import structure as maths
-from .maps import Record, token_maps
+from .maps.record import Record, token_maps
 
 METHOD = "Structure-aware Latent Refine"
 

@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 def _load_pack() -> None:
     """Find the helper by its file (this folder's name is unknown), then let it load the pack with ComfyUI beside it."""
-    spec = importlib.util.spec_from_file_location("attune_bootstrap", ROOT / "runtime" / "bootstrap.py")
+    spec = importlib.util.spec_from_file_location("attune_bootstrap", ROOT / "tools" / "runtime" / "bootstrap.py")
     assert spec and spec.loader
     bootstrap = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(bootstrap)
@@ -23,9 +23,9 @@ def _load_pack() -> None:
 
 _load_pack()
 
-from attune.runtime.bootstrap import has_accelerator  # noqa: E402
-from attune.runtime.server import Server  # noqa: E402
-from attune.runtime.setup import Runtime, comfyui_folder  # noqa: E402
+from attune.tools.runtime.bootstrap import has_accelerator  # noqa: E402
+from attune.tools.runtime.server import Server  # noqa: E402
+from attune.tools.runtime.setup import Runtime, comfyui_folder  # noqa: E402
 
 
 @pytest.fixture(scope="session")

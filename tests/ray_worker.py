@@ -5,7 +5,7 @@ import signal
 import time
 from pathlib import Path
 
-from attune.nodes import hunt
+from attune.hunt import command as hunt
 
 DEAD = "died"
 

@@ -8,8 +8,8 @@ from typing import Any
 
 from torch import Tensor
 
-from attune.patches.attention import model_sites
-from attune.patches.sites import Site
+from attune.patches.hook.attention import model_sites
+from attune.patches.hook.sites import Site
 
 
 @dataclass

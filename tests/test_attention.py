@@ -7,8 +7,8 @@ import families
 import pytest
 import torch
 
-from attune.patches import attention as hook
-from attune.patches.attention import Request, Span, model_sites, request
+from attune.patches.hook import attention as hook
+from attune.patches.hook.attention import Request, Span, model_sites, request
 
 sample = families.sample
 PLACE = ("middle.0.0", "self")
@@ -216,13 +216,13 @@ def test_an_owner_of_a_block_keeps_its_effect_and_its_tensors():
         return out
 
     model.set_model_attn2_replace(owner, "middle", 0)
-    owned = sample(model, steps=1)
-    differs(owned, sample(families.shared("sd15"), steps=1))
+    block_replaced = sample(model, steps=1)
+    differs(block_replaced, sample(families.shared("sd15"), steps=1))
     read = Request("read", {CROSS: None}, lambda call, w: maps.append(w))
-    assert torch.equal(sample(with_requests(model, read), steps=1), owned)
+    assert torch.equal(sample(with_requests(model, read), steps=1), block_replaced)
     assert len(maps) == 1 and torch.allclose(maps[0].sum(-1), torch.tensor(1.0))
     blend = Request("blend", {CROSS: (1,)}, lambda call, out, value: out * 0)
-    differs(sample(with_requests(model, blend), steps=1), owned)
+    differs(sample(with_requests(model, blend), steps=1), block_replaced)
     assert all(torch.equal(out, copy) for out, copy in kept)
 
 

@@ -10,9 +10,9 @@ from collections.abc import Iterator
 import pytest
 from test_server import EXAMPLES
 
-from attune.patches.layouts import preset
-from attune.patches.sites import Site, select
-from attune.runtime.setup import ROOT
+from attune.patches.hook.sites import Site, select
+from attune.server.layouts import preset
+from attune.tools.runtime.setup import ROOT
 
 playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

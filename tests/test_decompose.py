@@ -3,7 +3,6 @@
 import comfy.sd1_clip
 import pytest
 
-from attune.benchmarks.decompose import KINDS, SPLITS, faults, grammar, labels, shares
 from attune.language import nouns
 from attune.language.decompose import Branch, Branches, Subject, article, decompose
 from attune.language.scb import BACKGROUNDS, SIZE, STYLES, SUBJECTS, style_prompt
@@ -11,6 +10,7 @@ from attune.language.words import _plain, prompt_words
 from attune.nodes import decompose as node
 from attune.nodes.scb import AttuneSCBPrompts
 from attune.tests.test_words import make
+from attune.tools.benchmarks.decompose import KINDS, SPLITS, faults, grammar, labels, shares
 
 DOG = "a red dog with sunglasses and a blue cat with a necklace."
 BEAR = "a red teddy bear wearing a green tracksuit"

@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from attune.demo import evaluate, model, train, world
+from attune.demo import evaluate, model, world
+from attune.tools.training import shapes as train
 
 
 @pytest.fixture(scope="module")

@@ -19,9 +19,11 @@ from attune.language.decompose import decompose
 from attune.language.words import Phrase, Words
 from attune.methods import detail as maths
 from attune.nodes.detail import AttuneDetailSampler, encode
-from attune.patches import detail, fusion, live
-from attune.patches.attention import KEY, model_sites
-from attune.patches.detail import BRANCH, Branch, Place, Settings
+from attune.patches import fusion
+from attune.patches.detail import sampler as detail
+from attune.patches.detail.sampler import BRANCH, Branch, Place, Settings
+from attune.patches.hook.attention import KEY, model_sites
+from attune.server import previews as live
 
 CFG, SEED = 3.0, 5
 
@@ -72,7 +74,7 @@ def slow_loss(maps, align, weight):
 def test_masks_and_accumulation():
     rng = np.random.default_rng(1)
     maps, z = rng.random((3, 2, 5, 7)), rng.normal(size=(4, 2, 3, 5, 7))
-    ours = maths.binary(torch.from_numpy(maps), 0.6)
+    ours = maths.subject_masks(torch.from_numpy(maps), 0.6)
     right = np.stack([[slow_binary(m, 0.6) for m in pair] for pair in maps])
     assert torch.equal(ours, torch.from_numpy(right))
     blended = maths.accumulate(torch.from_numpy(z), ours[:, :, None])
@@ -81,7 +83,7 @@ def test_masks_and_accumulation():
     assert torch.equal(maths.accumulate(blended, ours[:, :, None]), blended)
     ones = torch.ones(3, 2, 1, 5, 7, dtype=torch.bool)
     assert torch.equal(maths.accumulate(torch.from_numpy(z), ones), torch.from_numpy(z))
-    assert not maths.binary(torch.full((4, 4), 0.3), 0.5).any()  # a map without a peak is nobody's place
+    assert not maths.subject_masks(torch.full((4, 4), 0.3), 0.5).any()  # a map without a peak is nobody's place
 
 
 def test_losses():

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from test_server import EXAMPLES
 
-from attune.runtime.workflow import missing_files, read, specs, to_prompt
+from attune.tools.runtime.workflow import missing_files, read, specs, to_prompt
 
 playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)

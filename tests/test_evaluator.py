@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from attune.demo import evaluator as ev
+from attune.demo import reader as ev
 from attune.demo import world
 
 RED_CIRCLE = ev.Found("circle", "red", "plain", 30.0, 40.0, 20.0, 0.99)

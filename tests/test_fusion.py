@@ -17,9 +17,11 @@ from attune.language.words import Phrase, Words, prompt_words
 from attune.methods import fusion as maths
 from attune.nodes.detail import encode
 from attune.nodes.fusion import AttunePhraseFusion
-from attune.patches import detail, fusion, headfilter, maps, prompts, refine, regulation, scfg, softpag
-from attune.patches.attention import Request, model_sites, request
-from attune.patches.sites import select
+from attune.patches import fusion, headfilter, prompts, refine, regulation, scfg, softpag
+from attune.patches.detail import sampler as detail
+from attune.patches.hook.attention import Request, model_sites, request
+from attune.patches.hook.sites import select
+from attune.patches.maps import record as maps
 
 sample = families.sample
 PHRASES = words((1, 2), (4, 5, 6))

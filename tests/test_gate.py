@@ -18,8 +18,9 @@ from attune.demo import model as demo_model
 from attune.language.words import prompt_words
 from attune.methods import gate as maths
 from attune.nodes.gate import AttuneSemanticGate
-from attune.patches import fusion, gate, maps, softpag
-from attune.patches.scorers import Scorer
+from attune.patches import fusion, gate, softpag
+from attune.patches.maps import record as maps
+from attune.scoring.scorers import Scorer
 
 sample = families.sample
 PHRASES = words((1, 2), (2, 4))  # both have column 2

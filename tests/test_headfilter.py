@@ -11,9 +11,10 @@ from attune.demo import evaluate
 from attune.demo import model as demo_model
 from attune.methods import headfilter as maths
 from attune.nodes.headfilter import AttuneHeadFilter
-from attune.patches import fusion, headfilter, maps, scfg, softpag
-from attune.patches.attention import Request, model_sites, request
-from attune.patches.sites import select
+from attune.patches import fusion, headfilter, scfg, softpag
+from attune.patches.hook.attention import Request, model_sites, request
+from attune.patches.hook.sites import select
+from attune.patches.maps import record as maps
 
 sample = families.sample
 TWO = {"steps": 2, "size": (8, 12), "batch": 2}

@@ -20,13 +20,17 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
+from attune.hunt import command as hunt
+from attune.hunt import engine as headhunter
+from attune.hunt import head_files as headsets
+from attune.hunt import log as evaluations
 from attune.methods import headhunter as maths
-from attune.nodes import hunt
 from attune.nodes.headhunter import AttuneHeadHunter, AttuneLoadHeads, AttuneSaveHeads, prompt_in_graph, texts_of
-from attune.patches import evaluations, headhunter, headsets, reuse, softpag
-from attune.patches.attention import model_sites
-from attune.patches.scorers import Scorer
-from attune.patches.sites import select
+from attune.patches import softpag
+from attune.patches.hook import prefix_cache
+from attune.patches.hook.attention import model_sites
+from attune.patches.hook.sites import select
+from attune.scoring.scorers import Scorer
 
 # --- the search -----------------------------------------------------------------------------------------------------------
 
@@ -263,13 +267,13 @@ class Work:
 
     def __init__(self, model):
         self.model = model.model.diffusion_model
-        self.rows = dict.fromkeys(reuse.blocks(self.model), 0)
+        self.rows = dict.fromkeys(prefix_cache.blocks(self.model), 0)
         self.forwards = 0
 
     def __enter__(self):
         self.handles = []
         for block in self.rows:
-            module = reuse._module(self.model, block)
+            module = prefix_cache._module(self.model, block)
             module = module[0] if hasattr(self.model, "input_blocks") else module
             self.handles.append(module.register_forward_hook(lambda m, a, out, block=block: self._add(block, out)))
         return self
@@ -328,7 +332,7 @@ def test_nothing_stays_on_the_model():
     assert {k: str(v) for k, v in model.model_options.items()} == before
     assert not model.wrappers
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.model.diffusion_model.modules())
-    assert not any(isinstance(m, reuse._Replay) for m in model.model.diffusion_model.modules())
+    assert not any(isinstance(m, prefix_cache._Replay) for m in model.model.diffusion_model.modules())
 
 
 def test_it_works_beside_guidance_that_is_there_already():
@@ -546,7 +550,7 @@ def user(tmp_path, monkeypatch):
 
 def test_head_sets_as_files(user):
     family, sites = model_sites(families.shared("sd15"))
-    heads = headsets.Told(family, select("middle.0.0:1 output.1.0:2,3", sites, family).chosen, {"objective": "crisp"})
+    heads = headsets.HeadFile(family, select("middle.0.0:1 output.1.0:2,3", sites, family).chosen, {"objective": "crisp"})
     path = headsets.save(heads, sites, family, "my set")
     assert path == user / "attune" / "heads" / "my set.json"
     data = json.loads(path.read_text())

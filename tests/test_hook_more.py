@@ -13,8 +13,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from attune.patches import attention as hook
-from attune.patches.attention import Request, request
+from attune.patches.hook import attention as hook
+from attune.patches.hook.attention import Request, request
 
 sample = families.sample
 Place = tuple[str, str]
@@ -408,7 +408,7 @@ OWNED = [
 ]
 
 
-def owned(model: Any, block: tuple[str, int], owner: Callable[..., Any]) -> Any:
+def block_replaced(model: Any, block: tuple[str, int], owner: Callable[..., Any]) -> Any:
     patched = model.clone()
     patched.set_model_patch_replace(owner, "dit", *block)
     return patched
@@ -472,7 +472,7 @@ def test_an_owner_that_calls_its_block_changes_nothing(name: str, site: str, blo
     alone: dict[Place, list[Tensor]] = {}
     beside: dict[Place, list[Tensor]] = {}
     right = sample(with_requests(model, *everywhere(name, alone)))
-    assert torch.equal(sample(with_requests(owned(model, block, owner), *everywhere(name, beside))), right)
+    assert torch.equal(sample(with_requests(block_replaced(model, block, owner), *everywhere(name, beside))), right)
     assert called
     differs(right, sample(model))
     assert list(alone) == list(beside) == CALLS[name]
@@ -489,7 +489,7 @@ def test_an_owner_that_changes_what_its_block_gives_keeps_its_effect(name: str, 
         out = extra["original_block"](args)
         return {**out, "img": out["img"] * 0.5}
 
-    model = owned(families.shared(name), block, owner)
+    model = block_replaced(families.shared(name), block, owner)
     ours = sample(with_requests(model, *everywhere(name, {})))
     close(ours, sample(reference(model, name, blended(name))))
     differs(ours, sample(model))
@@ -507,7 +507,7 @@ def test_an_owner_that_leaves_its_block_out_does_not_shift_the_others(
         out = {"img": args["img"] + (0.1 * attend_itself(args) if attends else 0)}
         return {**out, "txt": args["txt"]} if "txt" in args else out
 
-    model = owned(families.shared(name), block, owner)
+    model = block_replaced(families.shared(name), block, owner)
     maps: dict[Place, list[Tensor]] = {}
     gone = [place for place in CALLS[name] if place[0] == site]
     ours = sample(with_requests(model, *everywhere(name, maps)))
@@ -540,7 +540,7 @@ def test_gradients_pass_through_a_map_in_an_owned_block() -> None:
     model = families.shared("sd3")
     plain = gradient(model)
     assert plain.abs().max() > 0
-    close(gradient(owned(model, ("double_block", 1), lambda args, extra: extra["original_block"](args))), plain)
+    close(gradient(block_replaced(model, ("double_block", 1), lambda args, extra: extra["original_block"](args))), plain)
 
 
 # --- several requests at one place ---

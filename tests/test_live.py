@@ -16,10 +16,13 @@ from PIL import Image
 from safetensors.torch import save_file
 
 from attune.language.words import Phrase, Words
-from attune.nodes import browser
-from attune.patches import layouts, live, maps, regulation, scfg
-from attune.patches.attention import model_sites
-from attune.patches.sites import select
+from attune.patches import regulation, scfg
+from attune.patches.hook.attention import model_sites
+from attune.patches.hook.sites import select
+from attune.patches.maps import record as maps
+from attune.server import layouts
+from attune.server import previews as live
+from attune.server import routes as browser
 
 # --- layouts ----------------------------------------------------------------------------------------------------------
 

@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from attune.nodes import locales
-from attune.runtime.setup import ROOT
+from attune.tools import locales
+from attune.tools.runtime.setup import ROOT
 
 LANGUAGES = sorted(path.name for path in (ROOT / "locales").iterdir())
 DOCS = ROOT / "web" / "docs"

@@ -8,10 +8,10 @@ import aiohttp
 import pytest
 from test_server import _run
 
-from attune.runtime import RunError
-from attune.runtime.client import Client
-from attune.runtime.setup import ROOT
-from attune.runtime.workflow import read, to_prompt
+from attune.tools.runtime import RunError
+from attune.tools.runtime.client import Client
+from attune.tools.runtime.setup import ROOT
+from attune.tools.runtime.workflow import read, to_prompt
 
 EXAMPLE = ROOT / "example_workflows" / "semantic_cfg_demo.json"
 

@@ -55,7 +55,7 @@ def test_recolumn_equals_the_edited_map():
     for r in (None, rest):
         edited = full.clone() if r is None else full * r
         edited[..., columns] = after
-        ours = attention.recolumn(full @ V, V[:, :, columns], full[..., columns], after, r)
+        ours = attention.replace_columns(full @ V, V[:, :, columns], full[..., columns], after, r)
         torch.testing.assert_close(ours, edited @ V)
 
 

@@ -6,9 +6,10 @@ import torch
 from test_attention import reference
 
 from attune.methods import maps as maths
-from attune.patches import maps, scfg
-from attune.patches.attention import model_sites
-from attune.patches.sites import select
+from attune.patches import scfg
+from attune.patches.hook.attention import model_sites
+from attune.patches.hook.sites import select
+from attune.patches.maps import record as maps
 
 sample = families.sample
 

@@ -14,9 +14,10 @@ from attune.demo import model as demo_model
 from attune.language.words import prompt_words
 from attune.methods import refine as maths
 from attune.nodes.refine import AttuneRefineMaps
-from attune.patches import fusion, headfilter, maps, refine, regulation, scfg, softpag
-from attune.patches.attention import Request, model_sites, request
-from attune.patches.sites import select
+from attune.patches import fusion, headfilter, refine, regulation, scfg, softpag
+from attune.patches.hook.attention import Request, model_sites, request
+from attune.patches.hook.sites import select
+from attune.patches.maps import record as maps
 
 sample = families.sample
 TWO = words((1,), (3, 4))

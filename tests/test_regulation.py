@@ -15,7 +15,7 @@ from torch import Tensor
 from attune.language.words import Phrase, Words
 from attune.methods import regulation as maths
 from attune.patches import regulation
-from attune.patches.attention import Call, Request, model_sites, request
+from attune.patches.hook.attention import AttentionCall, Request, model_sites, request
 
 sample = families.sample
 GRIDS = [(16, 16), (8, 8), (6, 10), (5, 3)]
@@ -238,7 +238,7 @@ class Spy:
         self.model = model.clone()
         request(self.model, Request("read", where, self.look))
 
-    def look(self, call: Call, weights: Tensor) -> None:
+    def look(self, call: AttentionCall, weights: Tensor) -> None:
         roles = tuple(role for role in call.chunks for _ in range(call.batch // len(call.chunks)))
         self.seen.append((call.site.name, call.step, roles, weights.clone()))
 
@@ -398,15 +398,17 @@ def test_hook_gives_sums_over_copies_and_spreads_the_change():
         maps: list[Tensor] = []
         patched = model.clone()
 
-        def act(call: Call, w: Tensor) -> tuple[Tensor, Tensor]:
+        def act(call: AttentionCall, w: Tensor) -> tuple[Tensor, Tensor]:
             new = torch.stack([w[..., 0] * 0.5, w[..., 1] + 0.1], -1)
             return new, (1 - new.sum(-1, keepdim=True)) / (1 - w.sum(-1, keepdim=True))
 
         request(
             patched,
-            Request("edit", {place: (0, 2)}, act, rows="cond", columns=(4, 2), period=7),
-            Request("read", {place: None}, lambda call, w, maps=maps: maps.append(w), rows="cond", period=7),
-            Request("read", {place: None}, lambda call, w, maps=maps: maps.append(w), rows="cond", columns=(2, 5), period=7),
+            Request("edit", {place: (0, 2)}, act, rows="cond", columns=(4, 2), prompt_columns=7),
+            Request("read", {place: None}, lambda call, w, maps=maps: maps.append(w), rows="cond", prompt_columns=7),
+            Request(
+                "read", {place: None}, lambda call, w, maps=maps: maps.append(w), rows="cond", columns=(2, 5), prompt_columns=7
+            ),
         )
         out = sample(patched, negative=[[long[0][0].repeat(1, times, 1), long[0][1]]], batch=2)
         runs.append((out, maps))
@@ -423,7 +425,7 @@ def test_a_prompt_of_another_length_is_left_alone():
     model = families.shared("sd15")
     patched = model.clone()
     place = ("middle.0.0", "cross")
-    request(patched, Request("edit", {place: None}, lambda call, w: (w * 0, None), columns=(9,), period=11))
+    request(patched, Request("edit", {place: None}, lambda call, w: (w * 0, None), columns=(9,), prompt_columns=11))
     assert torch.equal(sample(patched), sample(model))
 
 

@@ -15,11 +15,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from attune.runtime import RunError, cli, setup
-from attune.runtime.client import rejection
-from attune.runtime.pictures import grid
-from attune.runtime.server import Server
-from attune.runtime.setup import Runtime
+from attune.tools.runtime import RunError, cli, setup
+from attune.tools.runtime.client import rejection
+from attune.tools.runtime.pictures import grid
+from attune.tools.runtime.server import Server
+from attune.tools.runtime.setup import Runtime
 
 ROOT = setup.ROOT
 POSIX = pytest.mark.skipif(os.name == "nt", reason="signals work differently on Windows")
@@ -92,7 +92,7 @@ def _one_sentence(result: subprocess.CompletedProcess, *parts: str) -> None:
 def fresh(tmp_path_factory) -> Path:
     """A copy of what set-up needs, with nothing set up."""
     folder = tmp_path_factory.mktemp("a fresh-copy")
-    shutil.copytree(ROOT / "runtime", folder / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "tools" / "runtime", folder / "tools" / "runtime", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("run.py", "requirements.txt"):
         shutil.copy(ROOT / name, folder / name)
     return folder

@@ -10,8 +10,8 @@ from test_attention import close, differs
 
 from attune.methods import scfg as maths
 from attune.patches import scfg
-from attune.patches.attention import model_sites
-from attune.patches.maps import auto_sites
+from attune.patches.hook.attention import model_sites
+from attune.patches.maps.record import auto_sites
 
 sample = families.sample
 ONES = {"min_ratio": 1.0, "max_ratio": 1.0}

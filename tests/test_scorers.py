@@ -20,12 +20,15 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from attune import nodes as pack
-from attune.benchmarks import scorer as bench
-from attune.demo import evaluate, evaluator, model, scorer, scorer_training, world
+from attune.demo import evaluate, model, scorer, world
+from attune.demo import reader as evaluator
 from attune.methods import scores as maths
 from attune.nodes import score as score_nodes
 from attune.nodes import scorers as scorer_nodes
-from attune.patches import detector, scorers, scoring
+from attune.scoring import detector, scorers
+from attune.scoring import metrics as scoring
+from attune.tools.benchmarks import scorer as bench
+from attune.tools.training import scorer as scorer_training
 
 WORDS = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "a", "red", "star", "cat", "photo", "of", "good", "bad", ".")
 NODES = [
@@ -808,7 +811,7 @@ def test_kinds_that_do_not_exist_are_refused():
 
 def test_a_short_training_learns_something(monkeypatch, tmp_path):
     """Not how well, which takes minutes: that the loop runs, goes on from its checkpoint and its loss falls."""
-    from attune.demo import train
+    from attune.tools.training import shapes as train
 
     monkeypatch.setattr(train, "CHECKPOINTS", tmp_path)
     ticks = itertools.count()

@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from attune.runtime import RunError
-from attune.runtime.client import Client
-from attune.runtime.server import Server
-from attune.runtime.setup import ROOT
-from attune.runtime.workflow import check, check_graph, missing_files, read, specs, to_prompt
+from attune.tools.runtime import RunError
+from attune.tools.runtime.client import Client
+from attune.tools.runtime.server import Server
+from attune.tools.runtime.setup import ROOT
+from attune.tools.runtime.workflow import check, check_graph, missing_files, read, specs, to_prompt
 
 EXAMPLES = sorted((ROOT / "example_workflows").glob("*.json"))
 TINY = Path(__file__).with_name("data") / "tiny_workflow.json"

@@ -4,8 +4,8 @@ import families
 import pytest
 import torch
 
-from attune.patches.attention import model_sites
-from attune.patches.sites import check, family, select
+from attune.patches.hook.attention import model_sites
+from attune.patches.hook.sites import check, family, select
 
 EXPECTED = {
     "sd15": ("input.1.0 input.3.0 middle.0.0 output.0.0 output.1.0 output.2.0 output.3.0", ("self", "cross"), 4),

@@ -13,9 +13,10 @@ from comfy_extras.nodes_freelunch import FreeU
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from torch.utils.flop_counter import FlopCounterMode
 
-from attune.patches import reuse, softpag
-from attune.patches.attention import model_sites
-from attune.patches.sites import select
+from attune.patches import softpag
+from attune.patches.hook import prefix_cache
+from attune.patches.hook.attention import model_sites
+from attune.patches.hook.sites import select
 
 sample = families.sample
 
@@ -84,11 +85,11 @@ class Counter:
 
     def __init__(self, model):
         diffusion_model = model.model.diffusion_model
-        self.order = reuse.blocks(diffusion_model)
+        self.order = prefix_cache.blocks(diffusion_model)
         self.runs = dict.fromkeys(self.order, 0)
         self.handles = []
         for block in self.order:
-            module = reuse._module(diffusion_model, block)
+            module = prefix_cache._module(diffusion_model, block)
             module = module[0] if hasattr(diffusion_model, "input_blocks") else module
             self.handles.append(module.register_forward_hook(lambda *_, block=block: self._count(block)))
 
@@ -164,7 +165,7 @@ def test_nothing_before_the_first_perturbed_block_runs_twice(name, site, first, 
     place = counter.order.index(first)
     assert [counter.runs[b] for b in counter.order[:place]] == [2] * place
     assert [counter.runs[b] for b in counter.order[place:]] == [4] * (len(counter.order) - place)
-    monkeypatch.setattr(reuse.Prefixes, "_recorded", lambda *_: None)
+    monkeypatch.setattr(prefix_cache.PrefixCache, "_recorded", lambda *_: None)
     close(fast, sample(patched, steps=2), 1e-5)
 
 
@@ -280,7 +281,7 @@ def test_control_residuals_do_not_reach_the_recording(name):
 @pytest.mark.parametrize(("first", "limit"), [(("middle_block", 0), 1.38), (("output_blocks", 11), 1.10)])
 def test_cost_on_sd15_at_512(first, limit, monkeypatch):
     """Multiply-adds of the true SD1.5 UNet, counted on tensors without data: a CFG step and the perturbed pass beside it."""
-    monkeypatch.setattr(reuse, "equal", lambda a, b: True)
+    monkeypatch.setattr(prefix_cache, "equal", lambda a, b: True)
     unet = UNetModel(
         image_size=32,
         in_channels=4,
@@ -298,7 +299,7 @@ def test_cost_on_sd15_at_512(first, limit, monkeypatch):
         device="meta",
         operations=comfy.ops.disable_weight_init,
     )
-    prefixes = reuse.Prefixes()
+    prefixes = prefix_cache.PrefixCache()
 
     def attend(function, q, k, v, heads, *args, **kwargs):
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))

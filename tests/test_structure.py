@@ -11,7 +11,8 @@ from attune.demo import evaluate
 from attune.demo import model as demo_model
 from attune.methods import structure as maths
 from attune.nodes.structure import AttuneStructureRefine
-from attune.patches import maps, structure
+from attune.patches import structure
+from attune.patches.maps import record as maps
 
 
 def random_latent(*shape, seed=0):

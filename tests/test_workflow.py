@@ -4,8 +4,8 @@ import copy
 
 import pytest
 
-from attune.runtime import RunError
-from attune.runtime.workflow import (
+from attune.tools.runtime import RunError
+from attune.tools.runtime.workflow import (
     BYPASSED,
     MUTED,
     check,

@@ -1,0 +1,240 @@
+"""HeadHunter without a graph: a search from a config file, here or on a Ray cluster."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+import time
+from collections.abc import Mapping
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+import comfy.sample
+import comfy.sd
+import comfy.utils
+import folder_paths
+import torch
+
+from ..nodes.headhunter import log_path, texts_of, time_left
+from ..patches.hook.sites import select
+from ..scoring.scorers import ClipScorer, PreferenceScorer, Scorer
+from . import engine as headhunter
+from . import head_files as headsets
+from . import log as evaluations
+from .report import sheet
+
+DEMO = "demo"
+BUILDER = f"{__name__}:engine"
+SETTINGS = [f.name for f in fields(headhunter.Settings)]
+KEYS: dict[str, Any] = {
+    "name": "search",
+    "model": DEMO,  # or a checkpoint's file name, or {unet, clip: [...], clip_type, vae} by their file names
+    "loras": [],  # [file name, strength] pairs
+    "prompts": [],
+    "negative": "",
+    "width": 0,
+    "height": 0,
+    "scorer": "",  # "demo: all bound", "clip: folder", "preference: folder"
+    "objective": "",
+    "candidates": "",
+    "rounds": 3,
+    "heads_per_round": 2,
+    "images_per_candidate": 8,
+    "halving": 0,
+    "rows": 0,
+    "ray": None,  # {address, cpus, gpus}
+    "output": "",
+}
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A config file, TOML or JSON, with the defaults filled in.
+
+    Raises:
+        ValueError: when it cannot be read, or has a key that nobody knows.
+    """
+    try:
+        text = path.read_text(encoding="utf-8")
+        if path.suffix == ".toml":
+            try:
+                import tomllib
+            except ImportError:
+                raise ValueError(f"{path}: TOML needs Python 3.11 or newer; write the config as JSON.") from None
+            data = tomllib.loads(text)
+        else:
+            data = json.loads(text)
+    except OSError as error:
+        raise ValueError(f"{path} cannot be read: {error.strerror}") from None
+    except ValueError as error:
+        raise ValueError(f"{path} is not a config: {error}") from None
+    if not isinstance(data, dict):
+        raise ValueError(f"{path} is not a config: it must have names and values.")
+    return filled(data)
+
+
+def filled(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with defaults.
+
+    Raises:
+        ValueError: for an unknown key.
+    """
+    known = [*KEYS, *SETTINGS]
+    unknown = sorted(set(data) - set(known))
+    if unknown:
+        raise ValueError(f"the config has “{unknown[0]}”, which is not known; there are {', '.join(known)}.")
+    return {**KEYS, **data}
+
+
+def _file(kind: str, name: str) -> str:
+    path = folder_paths.get_full_path(kind, name)
+    if path is None:
+        raise ValueError(
+            f"there is no “{name}” in ComfyUI's models/{kind}; there are: {', '.join(folder_paths.get_filename_list(kind))}."
+        )
+    return path
+
+
+def load_model(config: Mapping[str, Any]) -> tuple[Any, Any, Any]:
+    """MODEL, CLIP and VAE that a config names.
+
+    Raises:
+        ValueError: when a file is not there.
+    """
+    model = config["model"]
+    if model == DEMO:
+        from ..demo import model as demo
+
+        loaded = demo.load()
+    elif isinstance(model, Mapping):
+        unet = comfy.sd.load_diffusion_model(_file("diffusion_models", model["unet"]))
+        kind = getattr(comfy.sd.CLIPType, str(model.get("clip_type", "stable_diffusion")).upper())
+        names = [model["clip"]] if isinstance(model["clip"], str) else model["clip"]
+        folders = folder_paths.get_folder_paths("embeddings")
+        clip = comfy.sd.load_clip([_file("text_encoders", n) for n in names], embedding_directory=folders, clip_type=kind)
+        loaded = unet, clip, comfy.sd.VAE(sd=comfy.utils.load_torch_file(_file("vae", model["vae"]), safe_load=True))
+    else:
+        folders = folder_paths.get_folder_paths("embeddings")
+        loaded = comfy.sd.load_checkpoint_guess_config(_file("checkpoints", model), embedding_directory=folders)[:3]
+    patched, clip, vae = loaded
+    for name, strength in config["loras"]:
+        lora = comfy.utils.load_torch_file(_file("loras", name), safe_load=True)
+        patched, clip = comfy.sd.load_lora_for_models(patched, clip, lora, strength, strength)
+    if clip is None or vae is None:
+        raise ValueError(f"“{model}” has no text encoder or no VAE; name unet, clip, clip_type and vae apart.")
+    return patched, clip, vae
+
+
+def load_scorer(text: str) -> Scorer:
+    """``demo: similarity``, ``demo: all present``, ``demo: all bound``, ``clip: folder`` or ``preference: folder``.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    kind, _, name = (part.strip() for part in text.partition(":"))
+    if kind == DEMO:
+        from ..demo import scorer
+
+        if name.startswith("share "):
+            return scorer.EvaluatorScorer(name.removeprefix("share "), share=True)
+        return scorer.scorer(name or scorer.KINDS[0])
+    if kind in ("clip", "preference") and name:
+        return (ClipScorer if kind == "clip" else PreferenceScorer)(name)
+    raise ValueError(
+        f"scorer is “{text}”; write “clip: folder”, “preference: folder”, “demo: all present” or “demo: all bound”."
+    )
+
+
+@torch.inference_mode()
+def engine(config: Mapping[str, Any]) -> headhunter.Engine:
+    """What a config searches with; a Ray worker makes it from the same config.
+
+    Raises:
+        ValueError: when something is missing or does not fit.
+    """
+    config = filled(config)
+    if not config["prompts"]:
+        raise ValueError("the config has no prompts; give a list of them.")
+    patched, clip, vae = load_model(config)
+
+    def encode(text: str) -> Any:
+        return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+
+    default = 128 if config["model"] == DEMO else 1024
+    sides = (config["height"] or default, config["width"] or default)
+    channels = patched.get_model_object("latent_format").latent_channels
+    return headhunter.Engine(
+        patched,
+        vae,
+        [encode(text) for text in config["prompts"]],
+        encode(config["negative"]),
+        {"samples": torch.zeros(1, channels, sides[0] // 8, sides[1] // 8)},
+        load_scorer(config["scorer"] or (DEMO if config["model"] == DEMO else "")),
+        texts_of(config["objective"], config["prompts"], len(config["prompts"])),
+        headhunter.Settings(**{name: config[name] for name in SETTINGS if name in config}),
+        config["rows"],
+    )
+
+
+def run(
+    config: Mapping[str, Any], show: headhunter.Progress | None = None, log_at: Path | None = None
+) -> tuple[headhunter.Engine, headhunter.Found]:
+    """Search; errors as in `engine` and `headhunter.search`."""
+    made = engine(config)
+    config = filled(config)
+    candidates = select(config["candidates"], made.sites, made.family) if config["candidates"].strip() else None
+    workers = None
+    log = evaluations.Log(log_at or log_path(config["name"]))
+    try:
+        if config["ray"]:
+            from .cluster import Cluster
+
+            options = dict(config["ray"])
+            workers = Cluster(options.pop("address", "auto"), BUILDER, {**config, "ray": None, "rows": made.rows}, **options)
+        found = headhunter.search(
+            made,
+            log.search(*made.identity()),
+            candidates,
+            config["rounds"],
+            config["heads_per_round"],
+            config["images_per_candidate"],
+            config["halving"],
+            workers,
+            show,
+        )
+    finally:
+        log.close()
+        if workers is not None:
+            workers.close()
+    return made, found
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(prog="run.py hunt", description=__doc__)
+    parser.add_argument("config", type=Path, help="TOML or JSON; see web/docs/AttuneHeadHunter.md")
+    parser.add_argument("--output", type=Path, help="folder for the head set, the sheet and the report (default: output)")
+    args = parser.parse_args(argv)
+    last = 0.0
+
+    def show(done: int, total: int, left: float) -> None:
+        nonlocal last
+        if time.monotonic() - last > 5 or done == total:
+            last = time.monotonic()
+            print(f"{done} of {total} pictures{time_left(left)}", file=sys.stderr, flush=True)
+
+    try:
+        config = read(args.config)
+        made, found = run(config, show)
+        about = config["objective"].strip() or "the prompts"
+        place = args.output or Path(config["output"] or headsets.PACK / "output")
+        told = headsets.HeadFile(found.heads.family, found.heads.chosen, headhunter.story(made, found, about))
+        path = headsets.save(told, made.sites, made.family, config["name"], place)
+        report = headhunter.report(made, found, f"objective: {about}")
+        path.with_suffix(".txt").write_text(report + "\n", encoding="utf-8")
+        sheet(made, found).save(path.with_suffix(".png"))
+    except ValueError as error:
+        print(f"{error}", file=sys.stderr)
+        return 1
+    print(f"{report}\n{path} (copy it to {headsets.folder()} for Load Heads), and .png and .txt beside it")
+    return 0

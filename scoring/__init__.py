@@ -1,0 +1,1 @@
+"""Scorers of pictures, and the scores made with them."""

@@ -1,0 +1,1 @@
+"""What the pack tells ComfyUI's browser and answers it: previews while a picture forms, head layouts, routes."""

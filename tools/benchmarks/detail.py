@@ -1,0 +1,283 @@
+"""What Detail++ costs against a KSampler batch of as many pictures on an SD1.5-shaped UNet, and what it does on the bundled model.
+
+The effect: the paper's ablation, pictures of held-out prompts at the same seeds read back by the evaluator. Prompts are taken apart as
+Decompose Prompt does it.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import comfy.model_management
+import comfy.samplers
+import torch
+from torch import Tensor
+
+from ...demo import evaluate, model, world
+from ...demo import reader as evaluator
+from ...language.decompose import GRANULARITIES, ORDERS, decompose
+from ...nodes.detail import encode
+from ...patches.detail import sampler as detail
+from ...patches.detail.sampler import BRANCH, Branch, Place, Settings
+from . import _sd15
+
+ROWS = dict(zip(detail.OPTIMIZE, ("+ PDI", "+ entropy", "+ centroid"), strict=True))
+COUNT = 4  # branches in the cost table: a base, one without details, two subjects
+SHARED = "Detail++, every step shared"
+LIMITS = {SHARED: 1.0}
+Draw = Callable[[str, int], Tensor]
+
+# --- the cost -----------------------------------------------------------------------------------------------------------
+
+
+def runs(patcher: Any, steps: int, latent: int) -> dict[str, Callable[[], Tensor]]:
+    """Functions that sample ``steps`` CFG steps of `COUNT` pictures."""
+    contexts = [torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(i)) for i in range(COUNT + 1)]
+    subjects = [(), (), (Place(1, (2, 3)),), (Place(2, (7,)),)]
+    positive = [
+        [context, {BRANCH: Branch(i, COUNT, 77, subjects[i], tuple(p.columns for p in subjects[i]))}]
+        for i, context in enumerate(contexts[:COUNT])
+    ]
+    negative = [[contexts[COUNT], {}]]
+    image = torch.zeros(1, 4, latent, latent)
+    noise = torch.randn(COUNT, *image.shape[1:], generator=torch.Generator().manual_seed(1))
+    sampler = comfy.samplers.KSampler(patcher, steps, patcher.load_device, "euler", "normal", 1.0, patcher.model_options)
+    batch = [[torch.cat(contexts[:COUNT]), {}]]
+
+    @torch.inference_mode()
+    def plain() -> Tensor:
+        many = torch.zeros_like(noise)
+        return sampler.sample(noise, batch, negative, 7.0, latent_image=many, disable_pbar=True, seed=1)
+
+    def ours(**settings: Any) -> Callable[[], Tensor]:
+        @torch.inference_mode()
+        def run() -> Tensor:
+            return detail.sample(
+                patcher,
+                positive,
+                negative,
+                {"samples": image},
+                1,
+                steps,
+                7.0,
+                "euler",
+                "normal",
+                settings=Settings(**settings),
+                disable_pbar=True,
+            )[0]
+
+        return run
+
+    return {
+        f"KSampler, {COUNT} pictures": plain,
+        SHARED: ours(share_until=1.0),
+        "Detail++, no layout shared": ours(share_until=1.0, share_max_tokens=1),
+        "Detail++, no step shared": ours(share_until=0.0),
+        "Detail++, one branch at a time": ours(share_until=1.0, branches_at_once=1),
+        "Detail++, every step optimised": ours(share_until=1.0, optimize=detail.OPTIMIZE[2], optimize_steps=steps),
+    }
+
+
+def cost(argv: list[str]) -> None:
+    """Print ratios of time and memory to the batch, rounds interleaved, the first one to warm up and to take the peaks."""
+    parser = argparse.ArgumentParser(prog="run.py bench detail", description=f"{__doc__} {EFFECT}")
+    parser.add_argument("--latent", type=int, default=64, help="latent height and width; 64 is 512×512 pixels")
+    parser.add_argument("--width", type=int, default=320, help="model channels, a multiple of 32; 320 is SD1.5's")
+    parser.add_argument("--steps", type=int, default=1, help="sampling steps in a timed run")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each variant")
+    parser.add_argument("--variants", nargs="*", default=[], help="only variants with one of these words in their names")
+    args = parser.parse_args(argv)
+    device = comfy.model_management.get_torch_device()
+    variants = _sd15.named(runs(_sd15.with_data(args.width, device), args.steps, args.latent), args.variants)
+    first = next(iter(variants))
+    times, peaks = _sd15.interleaved(variants, args.steps, args.rounds, device)
+    plain = statistics.median(times[first])
+    print(f"SD1.5-shaped UNet, {args.width} channels, latent {args.latent}×{args.latent}, {device}: ratios to {first},")
+    print(f"whose step takes {plain:.2f} s (median of {args.rounds}) and {peaks[first] / 2**20:.0f} MB beside the weights")
+    print("| variant | time | memory beside the weights | limit |")
+    print("|---|---|---|---|")
+    for name, taken in times.items():
+        limit = f"{LIMITS[name]:.2f}" if name in LIMITS else ""
+        print(f"| {name} | {_sd15.paired(taken, times[first]):.3f} | {peaks[name] / peaks[first]:.3f} | {limit} |")
+
+
+# --- the effect ---------------------------------------------------------------------------------------------------------
+
+
+def draw(
+    base: Any, clip: Any, vae: Any, captions: Sequence[world.Caption], args: argparse.Namespace, settings: Settings
+) -> Tensor:
+    """One picture per caption; picture ``i`` starts from the noise of seed ``seed + i``, as `evaluate.generate` has it."""
+    empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+    out = []
+    with torch.inference_mode():
+        for i, caption in enumerate(captions):
+            branches = decompose(caption.text, args.granularity, args.order, not args.from_simple)
+            latent = {"samples": torch.zeros(1, 4, world.SIZE // 8, world.SIZE // 8)}
+            samples, _ = detail.sample(
+                base,
+                encode(clip, branches, args.released),
+                empty,
+                latent,
+                args.seed + i,
+                args.sampling_steps,
+                args.cfg,
+                args.sampler,
+                "normal",
+                settings=settings,
+                disable_pbar=True,
+            )
+            out.append(vae.decode(samples[-1:]))
+    return torch.cat(out)
+
+
+def table(captions: Sequence[world.Caption], args: argparse.Namespace) -> None:
+    """Shares with 95 % intervals, each row's difference to plain CFG and to the row above, and the time."""
+    base, clip, vae = model.load()
+    common = {
+        "share_until": args.share_until,
+        "share_max_tokens": args.share_max_tokens,
+        "mask_threshold": args.mask_threshold,
+        "optimize_steps": args.optimize_steps,
+        "step_size": args.step_size,
+        "finish": args.finish,
+    }
+    print(
+        "| variant | objects present | colours right | patterns right | background right | all bound | bound, against plain | against the row "
+        "above | s a picture |"
+    )
+    print("|---|---|---|---|---|---|---|---|---|")
+    before: list[list[evaluator.Verdict]] = []
+    for name, optimize in (("plain CFG", None), *((ROWS[o], o) for o in args.rows)):
+        began = time.perf_counter()
+        if optimize is None:
+            texts = [c.text for c in captions]
+            pictures = evaluate.generate(base, clip, vae, texts, args.cfg, args.seed, args.sampling_steps)
+        else:
+            pictures = draw(base, clip, vae, captions, args, Settings(optimize=optimize, **common))
+        seconds = (time.perf_counter() - began) / len(captions)
+        found = evaluate.verdicts(pictures, captions)
+        cells = []
+        answers = [[all(getattr(v, what)) for v in found] for what in ("present", "colour", "pattern")]
+        answers.append([bool(v.background) for v in found if v.background is not None])
+        answers.append([v.all_bound for v in found])
+        for each in answers:
+            low, high = evaluate.interval(sum(each), len(each)) if each else (0.0, 1.0)
+            cells.append(f"{100 * sum(each) / max(len(each), 1):.1f} % ({100 * low:.0f}-{100 * high:.0f})")
+        for other in (before[0], before[-1]) if before else ():
+            mean, low, high = (100 * x for x in evaluate.paired([v.all_bound for v in other], [v.all_bound for v in found]))
+            cells.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
+        before.append(found)
+        print(f"| {name} | {' | '.join(cells)} |{'' if len(before) > 1 else '  |  |'} {seconds:.2f} |", flush=True)
+    room = sum(all(v.present) and not v.all_bound for v in before[0])
+    print(
+        f"\nOf plain CFG's pictures {100 * room / len(captions):.1f} % have every thing but not every detail: the most that moving details "
+        "on the same layout can win."
+    )
+
+
+def premise(captions: Sequence[world.Caption], args: argparse.Namespace) -> None:
+    """Does the model draw simpler prompts better? Detail++ rests on it. Each thing is looked for alone, whatever else was drawn."""
+    base, clip, vae = model.load()
+    reader = evaluator.load_evaluator()
+
+    def read(texts: Sequence[str]) -> list[evaluator.Reading]:
+        return evaluator.read(reader, evaluate.generate(base, clip, vae, texts, args.cfg, args.seed, args.sampling_steps))
+
+    parts = [decompose(c.text, "subject").branches for c in captions]
+    asked = [  # of which prompt, in which branch, which thing
+        (i, branch.text, thing)
+        for i, (caption, branches) in enumerate(zip(captions, parts, strict=True))
+        for branch in branches[2:]
+        for thing in caption.things
+        if any(thing.noun in subject.text.split() for subject in branch.subjects)
+    ]
+    whole, bare = read([c.text for c in captions]), read([b[1].text for b in parts])
+    alone = read([text for _, text, _ in asked])
+    details = {
+        "the whole prompt": [_drawn(whole[i], thing) for i, _, thing in asked],
+        "the sub-prompt with its details only": [_drawn(r, thing) for r, (_, _, thing) in zip(alone, asked, strict=True)],
+    }
+    print("\n| prompt | a thing and its details are right |\n|---|---|")
+    for name, hits in details.items():
+        low, high = evaluate.interval(sum(hits), len(hits))
+        print(f"| {name} | {100 * sum(hits) / len(hits):.1f} % ({100 * low:.0f}-{100 * high:.0f}) |")
+    print("\n| prompt | every noun is drawn |\n|---|---|")
+    for name, readings in (("the whole prompt", whole), ("p1, without details", bare)):
+        there = [
+            all(any(f.noun == t.noun for f in r.things) for t in c.things) for r, c in zip(readings, captions, strict=True)
+        ]
+        low, high = evaluate.interval(sum(there), len(there))
+        print(f"| {name} | {100 * sum(there) / len(there):.1f} % ({100 * low:.0f}-{100 * high:.0f}) |", flush=True)
+
+
+def _drawn(reading: evaluator.Reading, thing: world.Stated) -> bool:
+    said = {name: getattr(thing, name) for name in ("noun", "colour", "pattern") if getattr(thing, name) is not None}
+    return any(all(getattr(found, name) == word for name, word in said.items()) for found in reading.things)
+
+
+def compositions(split: str, number: int) -> list[world.Caption]:
+    """The bundled model's counterpart of the style composition benchmark: one patterned thing on a differently patterned background."""
+    every = world.prompts(split, 8 * number, 1)
+    out = [
+        c for c in every if c.background and "plain" not in (own := {c.things[0].pattern, c.background[1]}) and len(own) == 2
+    ]
+    return out[:number]
+
+
+EFFECT = (
+    "Also: --effect-only, --cost-only; of the second table --prompts (0 skips it), --things, --split, --cfg, --seed, --sampling-steps, "
+    "--sampler, --granularity, --order, --from-simple (the base has no details), --released (subjects are looked for in the branch "
+    "before), --rows (which optimisations), --composition (one patterned thing on a differently patterned background), --premise (whether "
+    "simpler prompts are drawn better), --finish, and the node's settings."
+)
+
+
+def main(argv: list[str]) -> int:
+    """Print the cost at SD1.5's size, then the ablation on the bundled model's pictures."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--effect-only", action="store_true")
+    parser.add_argument("--cost-only", action="store_true")
+    parser.add_argument("--prompts", type=int, default=500)
+    parser.add_argument("--things", type=int, default=2)
+    parser.add_argument("--split", choices=("test", "tune"), default="test")
+    parser.add_argument("--cfg", type=float, default=5.0)
+    parser.add_argument("--seed", type=int, default=1000)
+    parser.add_argument("--sampling-steps", type=int, default=20)
+    parser.add_argument("--sampler", default="euler")
+    parser.add_argument("--granularity", choices=GRANULARITIES, default="subject")
+    parser.add_argument("--order", choices=ORDERS, default="simple first")
+    parser.add_argument("--from-simple", action="store_true")
+    parser.add_argument("--released", action="store_true")
+    parser.add_argument("--rows", nargs="*", choices=detail.OPTIMIZE, default=list(detail.OPTIMIZE))
+    parser.add_argument("--composition", action="store_true")
+    parser.add_argument("--premise", action="store_true")
+    parser.add_argument("--finish", choices=detail.FINISH, default=detail.FINISH[0])
+    for name, of in (
+        ("share_until", float),
+        ("share_max_tokens", int),
+        ("mask_threshold", float),
+        ("optimize_steps", int),
+        ("step_size", float),
+    ):
+        parser.add_argument(f"--{name.replace('_', '-')}", type=of, default=getattr(Settings(), name))
+    own, rest = parser.parse_known_args(argv)
+    if not own.effect_only or rest:
+        cost(rest)
+    if own.prompts and not own.cost_only:
+        kind = "one patterned thing on another pattern" if own.composition else f"{own.things} things"
+        print(
+            f"\nThe bundled model, {own.prompts} held-out prompts of {kind} ({own.split}), {own.sampling_steps} steps, cfg {own.cfg:g}, "
+            f"the same seeds, finish: {own.finish}"
+        )
+        captions = (
+            compositions(own.split, own.prompts) if own.composition else world.prompts(own.split, own.prompts, own.things)
+        )
+        table(captions, own)
+        if own.premise:
+            premise(captions, own)
+    return 0

@@ -1,0 +1,51 @@
+"""What semantic-aware CFG and captured maps cost, as ratios to a plain CFG step of the same SD1.5-shaped UNet, in one process."""
+
+from __future__ import annotations
+
+import argparse
+from functools import partial
+from typing import Any
+
+import comfy.model_patcher
+
+from ...demo import evaluate, world
+from ...patches import scfg
+from ...patches.maps import record as maps
+from . import _sd15
+from ._sd15 import PLAIN
+
+LIMITS = {"S-CFG": 1.10}
+
+
+def variants(plain: comfy.model_patcher.ModelPatcher) -> dict[str, comfy.model_patcher.ModelPatcher]:
+    """The plain model, and everything that is compared with it."""
+    return {
+        PLAIN: plain,
+        "S-CFG": scfg.apply(plain)[0],
+        "S-CFG without completion": scfg.apply(plain, completion=0)[0],
+        "S-CFG outside its span": scfg.apply(plain, start_percent=1.0)[0],
+        "capture, words": maps.apply(plain, kind="cross")[0],
+        "capture, words and pixels": maps.apply(plain, kind="both")[0],
+    }
+
+
+def _patched(reference: str, model: Any) -> Any:
+    return scfg.apply(model, reference)[0]
+
+
+def main(argv: list[str]) -> int:
+    """Print the cost at SD1.5's size, then the effect on the bundled model's pictures."""
+    parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--split", choices=("test", "tune"), default="test")
+    parser.add_argument("--cfg", type=float, default=5.0)
+    own, rest = parser.parse_known_args(argv)
+    _sd15.main(
+        "scfg", f"{__doc__} Also: --prompts, --split, --cfg of the second table.", variants, LIMITS, rest, with_flops=False
+    )
+    if own.prompts:
+        print(f"\nThe bundled model, {own.prompts} held-out prompts of two things, 20 steps, the same seeds:")
+        rows = [evaluate.Variant("plain", lambda m: m, own.cfg)]
+        rows += [evaluate.Variant(f"S-CFG, {r}", partial(_patched, r), own.cfg) for r in scfg.REFERENCES]
+        evaluate.table(rows, world.prompts(own.split, own.prompts), 1000, 20)
+    return 0
