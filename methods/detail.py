@@ -17,17 +17,13 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .maps import minmax
+
 TINY = 1e-8
 KERNEL = 5  # pixels, of the Gaussian before the brightest point is sought
 SIGMA = 1.0
 RELEASED = (0.05, 2.0)  # weights of the mean squared distance and of entropy
 RELEASED_STEP = 1750 / (4 * 128 * 128)  # step per number in a latent: SDXL's, at 1024×1024
-
-
-def minmax(maps: Tensor) -> Tensor:
-    """Every map to [0, 1] over space; one that is the same everywhere becomes 0."""
-    low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
-    return (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
 
 
 def subject_masks(maps: Tensor, threshold: float = 0.5) -> Tensor:

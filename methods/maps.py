@@ -12,8 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .scfg import TINY
-
 # Okabe and Ito's colours, told apart by colour-blind eyes too; grey is the background.
 COLOURS = (
     (0.35, 0.35, 0.35),
@@ -37,10 +35,10 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
-def stretch(maps: Tensor) -> Tensor:
-    """Each map over its own range: least 0, most 1 (a flat map is 0)."""
+def minmax(maps: Tensor) -> Tensor:
+    """Each map ``[..., h, w]`` over its own range: least 0, most 1; one that is the same everywhere is 0."""
     low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)
-    return (maps - low) / (high - low + TINY)
+    return (maps - low) / (high - low).clamp_min(torch.finfo(maps.dtype).tiny)
 
 
 def segment(maps: Tensor, phrases: Sequence[Sequence[int]], size: tuple[int, int], threshold: float = 0.5) -> Tensor:
@@ -52,7 +50,7 @@ def segment(maps: Tensor, phrases: Sequence[Sequence[int]], size: tuple[int, int
     Returns:
         ``int64 [B, *size]``: 0 background, ``i`` phrase ``i`` (from 1).
     """
-    most, owner = stretch(resize(phrase_maps(maps, phrases), size)).max(dim=1)
+    most, owner = minmax(resize(phrase_maps(maps, phrases), size)).max(dim=1)
     return torch.where(most > threshold, owner + 1, 0)
 
 

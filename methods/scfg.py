@@ -106,7 +106,7 @@ def enlarge(labels: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(labels[:, None].float(), size=size, mode="nearest")[:, 0].to(labels.dtype)
 
 
-def strength(conditional: Tensor, unconditional: Tensor) -> Tensor:
+def guidance_norm(conditional: Tensor, unconditional: Tensor) -> Tensor:
     """``δ = ‖ε_c − ε_u‖`` per pixel: ``[B, c, H, W]`` twice to ``[B, H, W]``.
 
     Any prediction that is a fixed multiple of the noise's (the denoised picture, v, a flow's velocity) gives the same ratios.

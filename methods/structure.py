@@ -31,7 +31,7 @@ import math
 import torch
 from torch import Tensor
 
-from .maps import stretch
+from .maps import minmax
 
 BLOCK_ELEMENTS = 1 << 24  # pairs looked at at once, about: 64 MiB in float32, and never three times that
 REACH = 14.5  # in sigmas: beyond it exp(−d²/2) is 0 in float32, so rows further away are not looked at
@@ -43,7 +43,7 @@ def structure(latent: Tensor) -> Tensor:
     centred = flat - flat.mean(dim=2, keepdim=True)
     axis = torch.linalg.eigh((centred @ centred.transpose(1, 2)).cpu().double()).eigenvectors[..., -1:]
     axis = axis * axis.gather(1, axis.abs().argmax(dim=1, keepdim=True)).sign()  # which end is up is a matter of rounding
-    return stretch((axis.to(flat).transpose(1, 2) @ centred).unflatten(2, latent.shape[-2:]))
+    return minmax((axis.to(flat).transpose(1, 2) @ centred).unflatten(2, latent.shape[-2:]))
 
 
 def edges(structure: Tensor, low: float, high: float) -> Tensor:

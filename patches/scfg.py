@@ -173,7 +173,7 @@ class _Method:
                 margin[where] += difference * weight
             reference = margin > 0 if self.reference == "foreground" else margin <= 0
         live.regions(*now.at, owner[0], count - 1, self.node)
-        delta = maths.strength(args["cond_denoised"], args["uncond_denoised"])
+        delta = maths.guidance_norm(args["cond_denoised"], args["uncond_denoised"])
         ratio = maths.ratios(
             delta,
             owner,

@@ -18,7 +18,7 @@ METHOD = "Structure-aware Latent Refine"
 def attention(record: Record, size: tuple[int, int]) -> Tensor:
     """How much each place looks at words, and not at the start token: ``[pictures, 1, *size]``, over its own range."""
     words = token_maps(record, against_start=True)[:, 1:]
-    return pictures.stretch(pictures.resize(words, size))
+    return pictures.minmax(pictures.resize(words, size))
 
 
 @torch.inference_mode()

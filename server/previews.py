@@ -17,6 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..methods.maps import minmax
+
 if TYPE_CHECKING:
     from ..language.words import Words
     from ..patches.hook.attention import AttentionCall
@@ -119,8 +121,7 @@ def show(
     else:
         tiles = _smaller(maps[:MOST, None].float(), "area")[:, 0]
         if kind == "heat":
-            low, high = tiles.amin(dim=(1, 2), keepdim=True), tiles.amax(dim=(1, 2), keepdim=True)
-            tiles = (tiles - low) / (high - low).clamp_min(1e-12)
+            tiles = minmax(tiles)
         tiles = tiles * 255
     data = {
         "node": node,

@@ -195,9 +195,9 @@ def test_segments():
 
 def test_heat_and_paint():
     image = torch.rand(2, 8, 9, 3)
-    flat = maths.stretch(torch.full((2, 1, 8, 9), 3.0))
+    flat = maths.minmax(torch.full((2, 1, 8, 9), 3.0))
     assert torch.equal(flat, torch.zeros_like(flat))
-    soft = maths.stretch(torch.rand(2, 8, 9))
+    soft = maths.minmax(torch.rand(2, 8, 9))
     assert soft.amin() == 0 and 0.999 < soft.amax() <= 1
     painted = maths.heat(image, soft)
     assert painted.shape == image.shape and painted.min() >= 0 and painted.max() <= 1

@@ -66,7 +66,7 @@ def show(record: Record, words: Any, image: Tensor, view: str = "mean") -> tuple
 
     def soft(part: Record, step: int | None = None) -> Tensor:
         tokens = token_maps(part, words.total, step=step)
-        return maths.stretch(maths.resize(maths.phrase_maps(tokens, phrases), size)).cpu()
+        return maths.minmax(maths.resize(maths.phrase_maps(tokens, phrases), size)).cpu()
 
     def row(name: str, maps: Tensor) -> list[tuple[str, Tensor]]:
         tiles = [(f"{name}{p.text}", maths.heat(image, maps[:, i])) for i, p in enumerate(words.phrases)]
