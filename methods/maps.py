@@ -30,6 +30,23 @@ def phrase_maps(maps: Tensor, phrases: Sequence[Sequence[int]]) -> Tensor:
     return torch.stack([maps[:, list(columns)].mean(dim=1) for columns in phrases], dim=1)
 
 
+def folded(cross: Tensor, columns: int) -> Tensor:
+    """Text columns of the prompt's own length: ComfyUI repeats a short prompt that shares a batch with a longer one.
+
+    ``[..., k·columns]`` to ``[..., columns]``.
+
+    Raises:
+        ValueError: when the maps were made with another prompt.
+    """
+    have = cross.shape[-1]
+    if have % columns:
+        raise ValueError(
+            f"these words have {columns} text columns and the attention maps have {have}: they are of different prompts. Connect the "
+            "prompt and CLIP that the sampler uses to Prompt Words."
+        )
+    return cross.unflatten(-1, (have // columns, columns)).sum(dim=-2)
+
+
 def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     """Bilinear, ``[B, n, h, w]`` to ``[B, n, *size]``."""
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)

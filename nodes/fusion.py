@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..language.phrases import fusable
 from ..patches import fusion
-from ..patches.maps.record import tell
+from ..server.graph import tell
 from .words import AttuneWordsType
 
 

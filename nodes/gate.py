@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..patches import gate
+from ..server.previews import Preview
 from .scorers import AttuneScorerType
 from .words import AttuneWordsType
 
@@ -108,9 +109,20 @@ class AttuneSemanticGate(io.ComfyNode):
         floor=0.3,
         mode=gate.DAMP,
     ) -> io.NodeOutput:
-        node = getattr(cls.hidden, "unique_id", None)
+        observer = Preview(getattr(cls.hidden, "unique_id", None))
         return io.NodeOutput(
             gate.apply(
-                model, words, scorer, vae, threshold, softness, every, start_percent, end_percent, floor, mode, node=node
+                model,
+                words,
+                scorer,
+                vae,
+                threshold,
+                softness,
+                every,
+                start_percent,
+                end_percent,
+                floor,
+                mode,
+                observer=observer,
             )
         )

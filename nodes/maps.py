@@ -8,6 +8,8 @@ from ..patches.hook.attention import model_sites
 from ..patches.hook.sites import select
 from ..patches.maps import pictures
 from ..patches.maps import record as patches
+from ..server.graph import made_by
+from ..server.previews import Preview
 from .words import AttuneWordsType
 
 AttuneMapsType = io.Custom("ATTUNE_MAPS")
@@ -75,8 +77,8 @@ class AttuneAttentionMaps(io.ComfyNode):
         if layers.strip() not in ("", "auto"):
             family, sites = model_sites(model)
             heads = select(layers, sites, family)
-        node = cls.hidden.unique_id
-        return io.NodeOutput(*patches.apply(model, heads, kind, steps, precision, keep_on, limit_mb, node))
+        observer = Preview(cls.hidden.unique_id)
+        return io.NodeOutput(*patches.apply(model, heads, kind, steps, precision, keep_on, limit_mb, observer))
 
 
 class AttuneShowMaps(io.ComfyNode):
@@ -112,7 +114,7 @@ class AttuneShowMaps(io.ComfyNode):
 
     @classmethod
     def execute(cls, maps, words, image, view) -> io.NodeOutput:
-        record = maps.record(cls.hidden.prompt, cls.hidden.unique_id)
+        record = maps.record(made_by(cls.hidden.prompt, cls.hidden.unique_id))
         return io.NodeOutput(*pictures.show(record, words, image, view))
 
 
@@ -150,5 +152,5 @@ class AttuneSegmentation(io.ComfyNode):
 
     @classmethod
     def execute(cls, maps, image, words=None) -> io.NodeOutput:
-        record = maps.record(cls.hidden.prompt, cls.hidden.unique_id)
+        record = maps.record(made_by(cls.hidden.prompt, cls.hidden.unique_id))
         return io.NodeOutput(*pictures.segmentation(record, words, image))

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..patches import regulation
 from ..patches.hook.attention import model_sites
 from ..patches.hook.sites import select
+from ..server.previews import Preview
 from .words import AttuneWordsType
 
 
@@ -136,6 +137,6 @@ class AttuneRegulation(io.ComfyNode):
                 decay,
                 start_percent,
                 end_percent,
-                getattr(cls.hidden, "unique_id", None),  # none from Python
+                observer=Preview(getattr(cls.hidden, "unique_id", None)),  # none from Python
             )
         )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..patches import scfg
+from ..server.previews import Preview
 from .maps import AttuneMapsType
 
 
@@ -98,5 +99,5 @@ class AttuneSemanticCFG(io.ComfyNode):
     ) -> io.NodeOutput:
         ratios = (min_ratio, max_ratio, max_scale)
         span = (start_percent, end_percent)
-        node = getattr(cls.hidden, "unique_id", None)  # none from Python
-        return io.NodeOutput(*scfg.apply(model, reference, *ratios, completion, smoothing, *span, node=node))
+        observer = Preview(getattr(cls.hidden, "unique_id", None))  # none from Python
+        return io.NodeOutput(*scfg.apply(model, reference, *ratios, completion, smoothing, *span, observer=observer))

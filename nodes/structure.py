@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..patches import structure
+from ..server.graph import made_by
 from .maps import AttuneMapsType
 
 
@@ -85,7 +86,7 @@ class AttuneStructureRefine(io.ComfyNode):
     def execute(
         cls, samples, strength, edge_low, edge_high, iterations, spatial_sigma, feature_sigma, maps=None
     ) -> io.NodeOutput:
-        graph = [getattr(cls.hidden, name, None) for name in ("prompt", "unique_id")]  # there is none outside ComfyUI
-        record = None if maps is None else maps.record(*graph, "samples")
+        prompt, node = (getattr(cls.hidden, name, None) for name in ("prompt", "unique_id"))  # there is none outside ComfyUI
+        record = None if maps is None else maps.record(made_by(prompt, node, "samples"))
         settings = (strength, edge_low, edge_high, iterations, spatial_sigma, feature_sigma)
         return io.NodeOutput(structure.refine(samples, record, *settings))

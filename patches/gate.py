@@ -16,7 +16,7 @@ from ..methods import gate as maths
 from ..scoring.scorers import Scorer
 from .hook.attention import COND, RUN, AttentionCall, ModelPatcher, Request, SamplingRun, Span, request, step_at
 from .hook.sites import Heads
-from .maps.record import tell
+from .observer import NOBODY, Observer
 from .prompts import edit_own, guard, text_places
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class _Method:
     every: int
     span: Span
     mode: str
-    node: str | None
+    observer: Observer
     key: object = field(default_factory=object)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Method:
@@ -83,7 +83,7 @@ class _Method:
         said = ", ".join(
             f"{t} {s:.3g} → {g:.2f}" for t, s, g in zip(self.texts, scores[0].tolist(), gate[0].tolist(), strict=True)
         )
-        tell(self.node, f"{METHOD}, step {step + 1} of {len(schedule) - 1}: {said}{self._advice(gate)}")
+        self.observer.tell(f"{METHOD}, step {step + 1} of {len(schedule) - 1}: {said}{self._advice(gate)}")
         return denoised
 
     def _advice(self, gate: Tensor) -> str:
@@ -154,7 +154,7 @@ def apply(
     floor: float = 0.3,
     mode: str = DAMP,
     heads: Heads | None = None,
-    node: str | None = None,
+    observer: Observer = NOBODY,
 ) -> ModelPatcher:
     """A clone of ``model`` whose attention to phrases follows how well they are seen; with ``floor`` 1, just a clone.
 
@@ -164,7 +164,7 @@ def apply(
         vae: decodes the estimate; None takes ComfyUI's latent preview, which is coarse but costs nothing.
         every: steps from one score to the next.
         heads: a selection to work on; None is every head of every layer that attends to text.
-        node: the editor's node that tells the scores.
+        observer: is told the scores.
 
     Raises:
         ValueError: for no words, settings out of range, a VAE of another model, no preview where there is no VAE, or a model without
@@ -196,7 +196,7 @@ def apply(
     columns = tuple(sorted({c for phrase in words.phrases for c in phrase.columns}))
     members = tuple(tuple(columns.index(c) for c in phrase.columns) for phrase in words.phrases)
     texts = tuple(phrase.text for phrase in words.phrases)
-    method = _Method(texts, members, len(columns), scorer, vae, threshold, softness, floor, every, span, mode, node)
+    method = _Method(texts, members, len(columns), scorer, vae, threshold, softness, floor, every, span, mode, observer)
     request(patched, Request("edit", where, method.edit, rows=COND, span=span, columns=columns, prompt_columns=words.total))
     guard(patched, METHOD, words.total)
     patched.set_model_sampler_post_cfg_function(method.look)

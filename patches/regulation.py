@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from ..methods import regulation as maths
-from ..server import previews as live
 from .hook.attention import COND, AttentionCall, ModelPatcher, Request, Span, index, model_sites, request
 from .hook.sites import Heads, Site, check
 from .maps.record import auto_sites
+from .observer import NOBODY, Observer
 from .prompts import edit_own, guard, own_name
 
 if TYPE_CHECKING:
@@ -44,7 +44,7 @@ class _Method:
     key: object
     names: tuple[str, ...] = ()  # of the phrases,
     members: tuple[tuple[int, ...], ...] = ()  # and which of ``targets`` are theirs
-    node: str | None = None  # whose maps an editor sees
+    observer: Observer = NOBODY
 
     def edit(self, call: AttentionCall, weights: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """An ``edit`` request: ``[R, H, M, T + restored]`` to the same and the factor on all other columns.
@@ -62,8 +62,9 @@ class _Method:
         )
         raised, factor = maths.regulated(old, edit[:, None])
         raised, factor = raised.flatten(1, 2).permute(1, 2, 3, 0), factor.flatten(0, 1)[..., None]
-        if not call.perturbed and (feed := live.Feed.of(call, self.node, self.names)) is not None:
-            feed.add(call, torch.stack([raised[0][..., list(m)].mean(dim=-1) for m in self.members], dim=-1))
+        if not call.perturbed and self.observer.watching():
+            shown = torch.stack([raised[0][..., list(m)].mean(dim=-1) for m in self.members], dim=-1)
+            self.observer.layer(call, shown, self.names)
         return part.index_copy(-1, targets, raised), factor
 
     def _layer(self, call: AttentionCall, name: Any, old: Tensor) -> Tensor:
@@ -135,13 +136,13 @@ def apply(
     decay: float = 0.99,
     start_percent: float = 0.0,
     end_percent: float = 0.5,
-    node: str | None = None,
+    observer: Observer = NOBODY,
 ) -> ModelPatcher:
     """A clone of ``model`` that regulates the attention to ``words``; with strength 0, just a clone.
 
     Args:
         heads: a selection to regulate; None is all heads of `auto_layers`.
-        node: the editor's node that shows the regulated maps while they form.
+        observer: is shown the regulated maps while they form.
 
     Raises:
         ValueError: when the words are none, the span is the wrong way round, a selection is of another model, or there is no attention
@@ -170,7 +171,7 @@ def apply(
     numbers = (strength, iterations, mass_weight, deviation_weight, ema, decay)
     names = tuple(p.text for p in words.phrases)
     members = tuple(tuple(targets.index(c) for c in p.columns) for p in words.phrases)
-    method = _Method(places, *numbers, object(), names, members, node)
+    method = _Method(places, *numbers, object(), names, members, observer)
     edit = Request(
         "edit",
         where,

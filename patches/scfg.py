@@ -12,7 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..methods import scfg as maths
-from ..server import previews as live
 from .hook.attention import (
     ALL,
     COND,
@@ -28,6 +27,7 @@ from .hook.attention import (
 )
 from .hook.sites import Site
 from .maps.record import Maps, Recorder, auto_sites
+from .observer import NOBODY, Observer
 
 REFERENCES = ("foreground", "background", "image")
 
@@ -75,7 +75,7 @@ class _Method:
     span: Span
     recorder: Recorder
     key: object
-    node: str | None = None  # whose maps an editor sees
+    observer: Observer = NOBODY
 
     def requests(self, sites: tuple[Site, ...]) -> tuple[Request, ...]:
         joint = sites[0].kind == "joint"
@@ -117,8 +117,8 @@ class _Method:
             return
         now.at = (call.step, call.steps)
         self_map = now.waiting.pop(call.site.name, None)
-        if (feed := live.Feed.of(call, self.node)) is not None and (rows := call.rows(COND)):
-            feed.add(call, weights[rows][0])
+        if self.observer.watching() and (rows := call.rows(COND)):
+            self.observer.layer(call, weights[rows][0])
         self.recorder.read_pair(call, weights, self_map)
         size = (-(-call.latent[0] // self.stride), -(-call.latent[1] // self.stride))
         pictures = call.batch // len(call.chunks)
@@ -172,7 +172,8 @@ class _Method:
                 difference = F.interpolate(maps[:, 1:] - maps[:, :1], size=weight.shape[-2:], mode="nearest")[:, 0]
                 margin[where] += difference * weight
             reference = margin > 0 if self.reference == "foreground" else margin <= 0
-        live.regions(*now.at, owner[0], count - 1, self.node)
+        if self.observer.watching():
+            self.observer.regions(*now.at, owner[0], count - 1)
         delta = maths.guidance_norm(args["cond_denoised"], args["uncond_denoised"])
         ratio = maths.ratios(
             delta,
@@ -216,12 +217,12 @@ def apply(
     start_percent: float = 0.0,
     end_percent: float = 1.0,
     released: bool = False,
-    node: str | None = None,
+    observer: Observer = NOBODY,
 ) -> tuple[ModelPatcher, Maps]:
     """A clone of ``model`` with semantic-aware CFG on it, and the handle to the maps that its runs will have used.
 
     Args:
-        node: the editor's node that shows them while they form.
+        observer: is shown them while they form.
 
     Raises:
         ValueError: when bounds are the wrong way round, or the model family is unknown or has no text attention.
@@ -234,7 +235,7 @@ def apply(
     family, sites = model_sites(model)
     chosen = auto_sites(sites, family)
     patched = model.clone()
-    maps = Maps(kind="both" if completion else "cross", precision="fp16")
+    maps = Maps(kind="both" if completion else "cross", precision="fp16", observer=observer)
     method = _Method(
         reference,
         min_ratio,
@@ -245,9 +246,9 @@ def apply(
         released,
         min(s.stride for s in chosen),
         span,
-        Recorder(maps, chosen, mean_heads=True, needed=False),
+        Recorder(maps, chosen, mean_heads=True, by_product=True),
         object(),
-        node,
+        observer,
     )
     request(patched, *method.requests(chosen))
     patched.set_model_sampler_post_cfg_function(method.guidance)

@@ -11,17 +11,19 @@ import time
 from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..methods.maps import minmax
+from ..methods.maps import folded, minmax
+from ..patches.hook.attention import AttentionCall
+from ..patches.observer import Observer
+from .graph import Origin, executing, lineage, origin, prompt, server, tell
 
 if TYPE_CHECKING:
     from ..language.words import Words
-    from ..patches.hook.attention import AttentionCall
 
 EVENT = "attune.maps"
 PAUSE = 0.25  # seconds between two messages of a node
@@ -36,52 +38,18 @@ _words: OrderedDict[tuple[str, str], Words] = OrderedDict()
 
 def listen(client: str, on: bool) -> None:
     """An editor's wish to see maps, or not to see them any more. Editors that have gone are forgotten."""
-    server = _server()
-    if server is not None:
-        _listeners.intersection_update(server.sockets)
+    running = server()
+    if running is not None:
+        _listeners.intersection_update(running.sockets)
     (_listeners.add if on else _listeners.discard)(client)
-
-
-def _server() -> Any:
-    try:
-        from server import PromptServer
-
-        return getattr(PromptServer, "instance", None)
-    except ImportError:  # used from Python
-        return None
 
 
 def listening() -> bool:
     """Whether the editor that has started the running workflow wants to see maps."""
     if not _listeners:
         return False
-    server = _server()
-    return server is not None and server.client_id in _listeners and server.client_id in server.sockets
-
-
-def _context() -> Any:
-    try:
-        from comfy_execution.utils import get_executing_context
-
-        return get_executing_context()
-    except ImportError:  # an older ComfyUI
-        return None
-
-
-def executing() -> str | None:
-    """The node that ComfyUI executes now: the sampler, while a method's callbacks run."""
-    context = _context()
-    return None if context is None else context.node_id
-
-
-def prompt() -> dict[str, Any]:
-    """The workflow that runs now; empty where there is no server."""
-    context, server = _context(), _server()
-    if context is None or server is None:
-        return {}
-    queue = server.prompt_queue  # the older of the two copies everything that waits
-    running = getattr(queue, "get_current_queue_volatile", queue.get_current_queue)()[0]
-    return next((item[2] for item in running if item[1] == context.prompt_id), {})
+    running = server()
+    return running is not None and running.client_id in _listeners and running.client_id in running.sockets
 
 
 def _due(node: str, kind: str, last: bool) -> bool:
@@ -114,7 +82,7 @@ def show(
     if node is None or not _due(node, kind, last):
         return
     _sent[node, kind] = time.monotonic()
-    server = _server()
+    running = server()
     maps = maps.detach()
     if kind == "regions":
         tiles = _smaller(maps[None, None].float(), "nearest")[0]
@@ -132,7 +100,7 @@ def show(
         "size": [tiles.shape[2], tiles.shape[1]],
         "image": _png(tiles),
     }
-    server.send_sync(EVENT, data, server.client_id)
+    running.send_sync(EVENT, data, running.client_id)
 
 
 def _smaller(maps: Tensor, mode: str) -> Tensor:
@@ -157,8 +125,6 @@ def _png(tiles: Tensor) -> str:
 
 def remember(words: Words) -> None:
     """Prompt Words has found these: maps of the same workflow will be named after them."""
-    from ..patches.maps.record import lineage
-
     node = executing()
     if node is None:
         return
@@ -174,12 +140,10 @@ def remember(words: Words) -> None:
 
 def _known(columns: int) -> Words | None:
     """The running workflow's words that fit a prompt of so many columns."""
-    from ..patches.maps.record import lineage
-
-    graph = prompt()
-    for node, entry in graph.items():
+    running = prompt()
+    for node, entry in running.items():
         if entry.get("class_type") == "AttuneWords":
-            words = _words.get((node, lineage(graph, node)))
+            words = _words.get((node, lineage(running, node)))
             if words is not None and columns % words.total == 0:
                 return words
     return None
@@ -187,8 +151,6 @@ def _known(columns: int) -> Words | None:
 
 def _named(maps: Tensor) -> tuple[list[str], Tensor]:
     """Columns' maps ``[h, w, N]`` as words' maps ``[n, h, w]``; without known words, the most uneven columns."""
-    from ..patches.maps.record import folded
-
     words = _known(maps.shape[-1])
     if words is not None:
         maps = folded(maps, words.total)
@@ -206,21 +168,10 @@ class Feed:
         node: whose they are; names: of the columns that are handed over; None: all of a prompt's columns, named by Prompt Words.
     """
 
-    node: str | None
+    node: str
     names: tuple[str, ...] | None = None
     at: tuple[int | None, int | None] = (None, None)
     layers: list[Tensor] = field(default_factory=list)
-
-    @classmethod
-    def of(cls, call: AttentionCall, node: str | None, names: Sequence[str] | None = None) -> Feed | None:
-        """The feed of a node in the run that a call of attention belongs to; None where nobody listens."""
-        if node is None or call.run is None or not listening():
-            return None
-        key = (EVENT, node)
-        if key not in call.run.state:
-            feed = call.run.state[key] = cls(node, None if names is None else tuple(names))
-            call.run.finished.append(lambda: feed.flush(last=True))
-        return call.run.state[key]
 
     def add(self, call: AttentionCall, weights: Tensor) -> None:
         """A layer's weights of the first picture: ``[M, N]``, or ``[heads, M, N]``."""
@@ -234,7 +185,7 @@ class Feed:
         """Show what there is."""
         layers, self.layers = self.layers, []
         layers = [t for t in layers if t.shape[-1] == layers[-1].shape[-1]]
-        if not layers or not _due(self.node or "", "heat", last):
+        if not layers or not _due(self.node, "heat", last):
             return
         size = max((t.shape[:2] for t in layers), key=lambda s: s[0] * s[1])
         whole = sum(F.interpolate(t.permute(2, 0, 1)[None], size=size, mode="bilinear")[0] for t in layers)
@@ -244,21 +195,47 @@ class Feed:
         show(*self.at, names, tiles, "heat", self.node, last)
 
 
-def regions(step: int | None, steps: int | None, owner: Tensor, columns: int, node: str | None, last: bool = False) -> None:
-    """Show S-CFG's regions of the first picture, ``owner [h, w]``: the column, from 1, that owns a pixel; 0 is nobody."""
-    if node is None or not _due(node, "regions", last):
-        return
-    words, named = _known(columns), torch.zeros_like(owner)
-    if words is not None:
-        column = (owner - 1) % words.total
-        for label, phrase in enumerate(words.phrases, 1):
-            mine = torch.isin(column, torch.tensor(phrase.columns, device=owner.device)) & (owner > 0)
-            named = torch.where(mine, label, named)
-        names = [p.text for p in words.phrases]
-    else:
-        found, areas = owner[owner > 1].unique(return_counts=True)
-        best = found[areas.argsort(descending=True)[: MOST - 1]].tolist()
-        for label, column in enumerate(best, 1):
-            named = torch.where(owner == column, label, named)
-        names = [f"token {c - 1}" for c in best]
-    show(step, steps, names, named, "regions", node, last)
+class Preview(Observer):
+    """A node of the editor that looks on. Without a node, masks are shown on the one that executes."""
+
+    def __init__(self, node: str | None):
+        self.node = node
+
+    def watching(self) -> bool:
+        return listening()
+
+    def tell(self, text: str) -> None:
+        tell(self.node, text)
+
+    def origin(self) -> Origin:
+        return origin()
+
+    def layer(self, call: AttentionCall, weights: Tensor, names: Sequence[str] | None = None) -> None:
+        if self.node is None or call.run is None:
+            return
+        key = (EVENT, self.node)
+        if key not in call.run.state:
+            feed = call.run.state[key] = Feed(self.node, None if names is None else tuple(names))
+            call.run.finished.append(lambda: feed.flush(last=True))
+        call.run.state[key].add(call, weights)
+
+    def masks(self, step: int | None, steps: int | None, names: Sequence[str], masks: Tensor, last: bool = False) -> None:
+        show(step, steps, names, masks, "masks", self.node, last)
+
+    def regions(self, step: int | None, steps: int | None, owner: Tensor, columns: int) -> None:
+        if self.node is None or not _due(self.node, "regions", False):
+            return
+        words, named = _known(columns), torch.zeros_like(owner)
+        if words is not None:
+            column = (owner - 1) % words.total
+            for label, phrase in enumerate(words.phrases, 1):
+                mine = torch.isin(column, torch.tensor(phrase.columns, device=owner.device)) & (owner > 0)
+                named = torch.where(mine, label, named)
+            names = [p.text for p in words.phrases]
+        else:
+            found, areas = owner[owner > 1].unique(return_counts=True)
+            best = found[areas.argsort(descending=True)[: MOST - 1]].tolist()
+            for label, column in enumerate(best, 1):
+                named = torch.where(owner == column, label, named)
+            names = [f"token {c - 1}" for c in best]
+        show(step, steps, names, named, "regions", self.node)

@@ -20,7 +20,7 @@ from attune.patches import regulation, scfg
 from attune.patches.hook.attention import model_sites
 from attune.patches.hook.sites import select
 from attune.patches.maps import record as maps
-from attune.server import layouts
+from attune.server import graph, layouts
 from attune.server import previews as live
 from attune.server import routes as browser
 
@@ -159,7 +159,8 @@ class FakeServer:
 def server(monkeypatch):
     """A server with one editor, which has asked for maps; node 7 of its workflow runs."""
     fake = FakeServer()
-    monkeypatch.setattr(live, "_server", lambda: fake)
+    monkeypatch.setattr(graph, "server", lambda: fake)
+    monkeypatch.setattr(live, "server", lambda: fake)
     monkeypatch.setattr(
         comfy_execution.utils, "get_executing_context", lambda: SimpleNamespace(prompt_id="p", node_id="7", list_index=0)
     )
@@ -180,13 +181,13 @@ WORDS = Words("a b", (Phrase("b", (2,), {"l": (2,)}),), (), (0, 3, 4, 5, 6), 7, 
 
 def heat_of(name):
     """A run with captured maps of a text of seven tokens."""
-    return lambda model: maps.apply(model, node="9")[0]
+    return lambda model: maps.apply(model, observer=live.Preview("9"))[0]
 
 
 CASES = {
     "capture": heat_of("sd15"),
-    "S-CFG": lambda model: scfg.apply(model, node="9")[0],
-    "regulation": lambda model: regulation.apply(model, WORDS, node="9"),
+    "S-CFG": lambda model: scfg.apply(model, observer=live.Preview("9"))[0],
+    "regulation": lambda model: regulation.apply(model, WORDS, observer=live.Preview("9")),
 }
 
 
@@ -213,7 +214,7 @@ def test_without_a_listener_nothing_is_gathered(server, monkeypatch):
     work = []
     monkeypatch.setattr(live.Feed, "add", lambda *_: work.append("add"))
     monkeypatch.setattr(live, "_png", lambda *_: work.append("png"))
-    patched = scfg.apply(families.shared("sd15"), node="9")[0]
+    patched = scfg.apply(families.shared("sd15"), observer=live.Preview("9"))[0]
     for gone in ({"_listeners": set()}, {"_listeners": {"someone else"}}):
         monkeypatch.setattr(live, "_listeners", gone["_listeners"])
         families.sample(patched)
@@ -228,7 +229,7 @@ def test_without_a_listener_nothing_is_gathered(server, monkeypatch):
 
 def test_words_give_their_names_and_columns(server, monkeypatch):
     monkeypatch.setattr(live, "PAUSE", 0.0)
-    patched, handle = maps.apply(families.shared("sd15"), precision="fp32", node="9")
+    patched, handle = maps.apply(families.shared("sd15"), precision="fp32", observer=live.Preview("9"))
     families.sample(patched, steps=1)
     assert all(name.startswith("token ") for name in server.sent[-1][1]["names"])
     server.prompt_queue.get_current_queue()[0][0][2]["7"]["inputs"]["x"] = ["2", 0]
@@ -273,7 +274,7 @@ def test_masks_and_regions_are_sent_as_they_are(server):
     live.show(0, 1, ["dog"], mask, "masks")
     assert server.sent[-1][1]["node"] == "7"  # the one that runs
     assert tiles(server.sent[-1][1]).tolist() == [[[255, 0], [0, 255]]]
-    live.regions(0, 1, torch.tensor([[1, 3], [3, 0]]), 7, "7")
+    live.Preview("7").regions(0, 1, torch.tensor([[1, 3], [3, 0]]), 7)
     assert server.sent[-1][1]["names"] == ["token 2"] and tiles(server.sent[-1][1]).tolist() == [[[0, 1], [1, 0]]]
 
 

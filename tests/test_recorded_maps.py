@@ -10,6 +10,8 @@ from attune.patches import scfg
 from attune.patches.hook.attention import model_sites
 from attune.patches.hook.sites import select
 from attune.patches.maps import record as maps
+from attune.patches.observer import Observer
+from attune.server import graph
 
 sample = families.sample
 
@@ -112,7 +114,7 @@ def test_an_interrupted_run_leaves_no_maps_and_the_next_one_is_clean():
         assert torch.equal(ours.frames[-1], right.frames[-1])
 
 
-def test_maps_are_of_the_picture_that_comes_in(monkeypatch):
+def test_maps_are_of_the_picture_that_comes_in():
     """One model, two samplers: each picture gets its own run's maps; a run that is gone is not replaced by another."""
 
     def prompt(seed, source="3"):
@@ -124,29 +126,34 @@ def test_maps_are_of_the_picture_that_comes_in(monkeypatch):
             "6": {"class_type": "Show", "inputs": {"image": ["5", 0], "maps": ["1", 1]}},
         }
 
-    held = maps.Maps()
+    class Sampler(Observer):
+        def origin(self):
+            return self.made
 
-    def ran(node, graph):
-        monkeypatch.setattr(maps, "executing", lambda: (node, maps.lineage(graph, node)))
+    sampler = Sampler()
+    held = maps.Maps(observer=sampler)
+
+    def ran(node, prompt):
+        sampler.made = (node, graph.lineage(prompt, node))
         record = maps.Record((8, 8), 1)
         held.publish(record)
         return record
 
     first, second = ran("3", prompt(1)), ran("4", prompt(1))
-    assert held.record(prompt(1), "6") is first
-    assert held.record(prompt(1, "4"), "6") is second
+    assert held.record(graph.made_by(prompt(1), "6")) is first
+    assert held.record(graph.made_by(prompt(1, "4"), "6")) is second
     assert held.record() is second
     again = ran("3", prompt(7))
-    assert held.record(prompt(7), "6") is again
-    assert held.record(prompt(1), "6") is first  # a cached picture, whose run is still known
+    assert held.record(graph.made_by(prompt(7), "6")) is again
+    assert held.record(graph.made_by(prompt(1), "6")) is first  # a cached picture, whose run is still known
     for seed in range(20, 20 + maps.KEPT_RUNS):
         ran("3", prompt(seed))
     with pytest.raises(ValueError, match="another picture"):
-        held.record(prompt(1), "6")
+        held.record(graph.made_by(prompt(1), "6"))
     loaded = prompt(1)
     loaded["5"] = {"class_type": "LoadImage", "inputs": {}}
     with pytest.raises(ValueError, match="another picture"):
-        held.record(loaded, "6")
+        held.record(graph.made_by(loaded, "6"))
 
 
 def test_a_short_prompt_beside_a_long_one():
@@ -157,9 +164,9 @@ def test_a_short_prompt_beside_a_long_one():
     sample(beside[0], negative=families.text(2, 14), steps=1)
     one, two = (held.record().cross["middle.0.0"].frames[-1] for _, held in (alone, beside))
     assert (one.shape[-1], two.shape[-1]) == (7, 14)
-    torch.testing.assert_close(maps.folded(two, 7), one, rtol=1e-3, atol=1e-5)
+    torch.testing.assert_close(maths.folded(two, 7), one, rtol=1e-3, atol=1e-5)
     with pytest.raises(ValueError, match="different prompts"):
-        maps.folded(one, 5)
+        maths.folded(one, 5)
 
 
 def test_areas_are_passed_over():

@@ -2,11 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import logging
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Container, Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,15 +11,15 @@ import torch
 from torch import Tensor
 
 from ...methods import scfg as maths
-from ...server import previews as live
+from ...methods.maps import folded
 from ..hook.attention import COND, PIXELS, AttentionCall, ModelPatcher, Request, model_sites, request
 from ..hook.sites import Heads, Site, check
+from ..observer import NOBODY, Observer
 
 KINDS = ("cross", "self", "both")
 STEPS = {"mean": 0, "last": 0, "every step": 1, "every 2nd step": 2, "every 5th step": 5, "every 10th step": 10}
 PRECISIONS = {"fp16": torch.float16, "fp32": torch.float32}
 KEPT_RUNS = 4  # finished runs that one handle remembers
-Prompt = Mapping[str, Any]  # ComfyUI's: node id -> {"class_type", "inputs"}
 
 
 @dataclass
@@ -47,7 +44,7 @@ class Record:
         pictures: in the batch.
         cross, pixels: places by site, in order of execution.
         planned: bytes that it will take; ``dropped``: that was too much, and nothing is kept.
-        node, signature: the node that sampled, and what its part of the graph was; None outside a graph.
+        origin: what made the picture (`Observer.origin`).
     """
 
     latent: tuple[int, int]
@@ -56,8 +53,7 @@ class Record:
     pixels: dict[str, Place] = field(default_factory=dict)
     planned: int = 0
     dropped: bool = False
-    node: str | None = None
-    signature: str | None = None
+    origin: Any = None
 
     def places(self) -> Iterator[Place]:
         yield from self.cross.values()
@@ -89,11 +85,11 @@ class Maps:
         precision: str = "fp32",
         keep_on: str = "device",
         limit_mb: float = 1024,
-        node: str | None = None,
+        observer: Observer = NOBODY,
     ):
         self.kind, self.steps, self.every = kind, steps, STEPS[steps]
-        self.dtype, self.keep_on, self.limit_mb, self.node = PRECISIONS[precision], keep_on, limit_mb, node
-        self.records: OrderedDict[tuple[str | None, str | None], Record] = OrderedDict()
+        self.dtype, self.keep_on, self.limit_mb, self.observer = PRECISIONS[precision], keep_on, limit_mb, observer
+        self.records: OrderedDict[Any, Record] = OrderedDict()  # by origin
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Maps:
         """Cloning a model copies what is on it: not this, which a node has given out."""
@@ -102,25 +98,22 @@ class Maps:
     def publish(self, record: Record) -> None:
         """Keep the record of a run that came to its end."""
         if record.dropped:
-            tell(
-                self.node,
-                f"the maps are not kept: they would take more than {self.limit_mb:g} MB; Capture Attention Maps can keep fewer",
+            self.observer.tell(
+                f"the maps are not kept: they would take more than {self.limit_mb:g} MB; Capture Attention Maps can keep fewer"
             )
             return
-        record.node, record.signature = executing()
-        key = (record.node, record.signature)
-        self.records.pop(key, None)
-        self.records[key] = record
+        record.origin = self.observer.origin()
+        self.records.pop(record.origin, None)
+        self.records[record.origin] = record
         while len(self.records) > KEPT_RUNS or (len(self.records) > 1 and self.bytes > self.limit_mb * 2**20):
             self.records.popitem(last=False)
-        tell(self.node, f"{record.bytes / 2**20:.1f} MB of attention maps ({len(record.cross) + len(record.pixels)} maps)")
 
     @property
     def bytes(self) -> int:
         return sum(r.bytes for r in self.records.values())
 
-    def record(self, prompt: Prompt | None = None, node: str | None = None, name: str = "image") -> Record:
-        """The maps of the picture that comes into input ``name`` of ``node``; without a graph, those of the last run.
+    def record(self, made_by: Container[Any] | None = None) -> Record:
+        """The maps of the last run of one of these origins; None: of the last run.
 
         Raises:
             ValueError: when no run that these maps know of has made that picture.
@@ -130,56 +123,13 @@ class Maps:
                 "there are no attention maps yet: connect the MODEL output of the node that gave these maps to the sampler that makes "
                 "the picture, and the picture to this node."
             )
-        if prompt is None or node not in prompt:
-            return next(reversed(self.records.values()))
-        link = prompt[node]["inputs"].get(name)
-        above = upstream(prompt, link[0]) if isinstance(link, list) else set()
         for record in reversed(self.records.values()):
-            if record.node in above and record.signature == lineage(prompt, record.node):
+            if made_by is None or record.origin in made_by:
                 return record
         raise ValueError(
             "these attention maps belong to another picture: this one was not made by a sampler that runs the MODEL of the node that "
             "gave the maps, or its result came from a cache. Check the connections, or change the seed and run again."
         )
-
-
-# --- which picture is it? ---------------------------------------------------------------------------------------------
-
-
-def upstream(prompt: Prompt, node: str) -> set[str]:
-    """``node`` and everything that it depends on."""
-    found, waiting = set(), [node]
-    while waiting:
-        name = waiting.pop()
-        if name in found or name not in prompt:
-            continue
-        found.add(name)
-        waiting += [v[0] for v in prompt[name].get("inputs", {}).values() if isinstance(v, list) and len(v) == 2]
-    return found
-
-
-def lineage(prompt: Prompt, node: str) -> str:
-    """A digest of a node and of everything that it depends on: equal digests make equal outputs."""
-    parts = {name: [prompt[name].get("class_type"), prompt[name].get("inputs")] for name in sorted(upstream(prompt, node))}
-    return hashlib.sha256(json.dumps([node, parts], sort_keys=True, default=str).encode()).hexdigest()
-
-
-def executing() -> tuple[str | None, str | None]:
-    """The node that ComfyUI executes now and its lineage; None where there is no server."""
-    node, prompt = live.executing(), live.prompt()
-    return (node, lineage(prompt, node)) if node in prompt else (None, None)  # used from Python
-
-
-def tell(node: str | None, text: str) -> None:
-    """Say something on a node in the editor, and in the log."""
-    logging.info("Attune: %s", text)
-    try:
-        from server import PromptServer
-
-        if node is not None:
-            PromptServer.instance.send_progress_text(text, node)
-    except (ImportError, AttributeError):  # no server, or an older one
-        pass
 
 
 # --- recording ------------------------------------------------------------------------------------------------------
@@ -219,12 +169,16 @@ def whole_picture(conds: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
 
 @dataclass(frozen=True, eq=False)
 class Recorder:
-    """Puts the maps of a run into a `Maps`."""
+    """Puts the maps of a run into a `Maps`.
+
+    Attributes:
+        by_product: of another method, which shows what there is to see itself; a run without maps to keep is then no error.
+    """
 
     maps: Maps
     sites: tuple[Site, ...]
     mean_heads: bool = False
-    needed: bool = True  # whether a run without maps to keep is an error
+    by_product: bool = False
 
     def requests(self) -> tuple[Request, ...]:
         joint = self.sites[0].kind == "joint"
@@ -262,7 +216,7 @@ class Recorder:
         record: Record | None = run.state.get(self)
         if record is None:
             record = run.state[self] = Record(call.latent, pictures)
-            run.finished.append(lambda: self.maps.publish(record))  # type: ignore[arg-type]
+            run.finished.append(lambda: self._finish(record))  # type: ignore[arg-type]
         if record.dropped:
             return
         places = record.cross if kind == "cross" else record.pixels
@@ -276,8 +230,8 @@ class Recorder:
         chosen = (chosen if chosen.ndim == 4 else chosen[:, None]).detach()
         if not place.frames and not self._fits(record, call, chosen):
             return
-        if kind == "cross" and (feed := live.Feed.of(call, self.maps.node)) is not None:
-            feed.add(call, chosen[0])
+        if kind == "cross" and not self.by_product and self.maps.observer.watching():
+            self.maps.observer.layer(call, chosen[0])
         chosen = chosen.to(device=None if self.maps.keep_on == "device" else "cpu", dtype=self.maps.dtype)
         place.sigma, place.count = call.sigma, place.count + 1
         if self.maps.steps == "mean" and place.frames:
@@ -285,13 +239,19 @@ class Recorder:
         else:
             place.frames[step if every else -1] = chosen
 
+    def _finish(self, record: Record) -> None:
+        self.maps.publish(record)
+        if not (self.by_product or record.dropped):
+            count = len(record.cross) + len(record.pixels)
+            self.maps.observer.tell(f"{record.bytes / 2**20:.1f} MB of attention maps ({count} maps)")
+
     def _prompt(self, call: AttentionCall) -> Any:
         """The conditioning whose maps are kept: the first positive one that is for the whole picture."""
         positive = call.run.conds.get("positive", ()) if call.run is not None else ()
         whole = whole_picture(positive)
         if whole is not None:
             return whole.get("uuid")
-        if positive and self.needed:
+        if positive and not self.by_product:
             raise ValueError(
                 "Capture Attention Maps: every positive prompt is limited to an area of the picture; add one for the whole picture "
                 "(Conditioning Combine), whose maps will be kept."
@@ -304,7 +264,7 @@ class Recorder:
         record.planned += weights.numel() * self.maps.dtype.itemsize * frames
         if record.planned <= self.maps.limit_mb * 2**20:
             return True
-        if self.needed:
+        if not self.by_product:
             raise ValueError(
                 f"Capture Attention Maps would hold more than {record.planned / 2**20:.0f} MB for this picture, and the limit is "
                 f"{self.maps.limit_mb:g} MB. Choose fewer or coarser layers, kind “cross”, fewer steps or fp16, or raise limit_mb."
@@ -323,7 +283,7 @@ def apply(
     precision: str = "fp16",
     keep_on: str = "device",
     limit_mb: float = 1024,
-    node: str | None = None,
+    observer: Observer = NOBODY,
 ) -> tuple[ModelPatcher, Maps]:
     """A clone of ``model`` whose runs fill the returned maps.
 
@@ -346,30 +306,13 @@ def apply(
         without = [s.name for s in chosen if "cross" not in s.kinds]
         if without:
             raise ValueError(f"{without[0]} has no attention to text; choose other layers, or kind “self”.")
-    maps = Maps(kind, steps, precision, keep_on, limit_mb, node)
+    maps = Maps(kind, steps, precision, keep_on, limit_mb, observer)
     patched = model.clone()
     request(patched, *Recorder(maps, chosen).requests())
     return patched, maps
 
 
 # --- reading them back ------------------------------------------------------------------------------------------------
-
-
-def folded(cross: Tensor, columns: int) -> Tensor:
-    """Text columns of the prompt's own length: ComfyUI repeats a short prompt that shares a batch with a longer one.
-
-    ``[..., k·columns]`` to ``[..., columns]``.
-
-    Raises:
-        ValueError: when the maps were made with another prompt.
-    """
-    have = cross.shape[-1]
-    if have % columns:
-        raise ValueError(
-            f"these words have {columns} text columns and the attention maps have {have}: they are of different prompts. Connect the "
-            "prompt and CLIP that the sampler uses to Prompt Words."
-        )
-    return cross.unflatten(-1, (have // columns, columns)).sum(dim=-2)
 
 
 def token_maps(
