@@ -11,7 +11,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 
 from .grammar.reading import Reading, read, shown
-from .words import _EMBEDDING, _WORD, _key
+from .text import EMBEDDING, starts_of, weighted_text, without_embeddings, word_keys
 
 GRANULARITIES = ("subject", "attribute")
 ORDERS = ("simple first", "complex first")
@@ -104,35 +104,9 @@ def place(subject: Subject) -> str:
 # --- text -----------------------------------------------------------------------------------------------------------
 
 
-def _weighted(prompt: str) -> tuple[str, list[float]]:
-    """The prompt without weights and escapes, and the weight of each of its characters."""
-    from comfy.sd1_clip import escape_important, token_weights, unescape_important
-
-    plain: str = ""
-    weights: list[float] = []
-    for escaped, weight in token_weights(escape_important(prompt), 1.0):
-        segment = unescape_important(escaped)
-        if (
-            plain
-            and segment
-            and not plain[-1].isspace()
-            and not segment[0].isspace()
-            and (plain[-1].isalnum() and segment[0].isalnum())
-        ):
-            plain, weights = plain + " ", [*weights, 1.0]
-        plain += segment
-        weights += [weight] * len(segment)
-    return plain, weights
-
-
-def _keys(text: str) -> list[str]:
-    return [_key(m.group()) for m in _WORD.finditer(text)]
-
-
 def _occurrences(text: str, phrase: str) -> list[int]:
     """Which words of a text start the phrase."""
-    words, wanted = _keys(text), _keys(phrase)
-    return [i for i in range(len(words) - len(wanted) + 1) if wanted and words[i : i + len(wanted)] == wanted]
+    return starts_of(word_keys(phrase), word_keys(text))
 
 
 def article(word: str) -> str:
@@ -155,10 +129,10 @@ class _Text:
     """A prompt that can be written out with any of its details."""
 
     def __init__(self, prompt: str) -> None:
-        self.plain, self.weights = _weighted(prompt)
+        self.plain, self.weights = weighted_text(prompt)
         # An embedding is no word of English: the grammar does not see it, and it stays in every branch.
-        self.hidden = [m.span() for m in _EMBEDDING.finditer(self.plain)]
-        self.reading: Reading = read(_EMBEDDING.sub(lambda m: " " * len(m.group()), self.plain))
+        self.hidden = [m.span() for m in EMBEDDING.finditer(self.plain)]
+        self.reading: Reading = read(without_embeddings(self.plain))
         spans = [(u.start, u.end, i) for i, u in enumerate(self.reading.units)] + [(a, b, -1) for a, b in self.hidden]
         self.spans = sorted(spans)
 
@@ -225,7 +199,7 @@ class _Text:
                 before = plain + piece.space
             plain += piece.space + piece.text
         starts = _occurrences(plain, phrase)
-        return starts.index(len(_keys(before))) if len(_keys(before)) in starts else None
+        return starts.index(len(word_keys(before))) if len(word_keys(before)) in starts else None
 
 
 # --- branches ---------------------------------------------------------------------------------------------------------
@@ -263,7 +237,7 @@ def decompose(
         raise ValueError(f"unknown granularity “{granularity}”: choose {' or '.join(GRANULARITIES)}")
     if order not in ORDERS:
         raise ValueError(f"unknown order “{order}”: choose {' or '.join(ORDERS)}")
-    if not _keys(_weighted(text)[0]):
+    if not word_keys(weighted_text(text)[0]):
         raise ValueError("the prompt is empty: write the text that is to be taken apart")
     if manual.strip():
         return _by_hand(text, manual, remove_then_add)
@@ -310,16 +284,16 @@ def _by_hand(text: str, manual: str, remove_then_add: bool) -> Branches:
     base = text
     if not remove_then_add and lines[0][1] == "*":
         base = lines.pop(0)[2]
-    plain = _weighted(base)[0]
+    plain = weighted_text(base)[0]
     branches = [Branch(base)]
     for number, names, prompt in lines:
-        own = _weighted(prompt)[0]
+        own = weighted_text(prompt)[0]
         subjects = []
         for name in [] if names == "*" else re.split("[,，、]", names):
             phrase, occurrence = _numbered(name.strip())
             places, there = _occurrences(own, phrase), _occurrences(plain, phrase)
             if occurrence >= len(places):
-                words = ", ".join(dict.fromkeys(_keys(own)))
+                words = ", ".join(dict.fromkeys(word_keys(own)))
                 raise ValueError(
                     f"line {number} of manual: “{name.strip()}” is not in its sub-prompt “{prompt}”. Write it as it stands there; it has "
                     f"these words: {words}"

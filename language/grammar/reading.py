@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
-from ..nouns import _english
+from ..nouns import english
 from .lexicon import (
     ANIMATE,
     COLOURS,
@@ -125,7 +125,7 @@ def units_of(text: str) -> list[Unit]:
     Raises:
         RuntimeError: when spaCy or its English model is not installed.
     """
-    tokens = [t for t in _english()(text) if not t.is_space]
+    tokens = [t for t in english()(text) if not t.is_space]
     out: list[Unit] = []
     i = 0
     while i < len(tokens):
