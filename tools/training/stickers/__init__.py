@@ -1,0 +1,1 @@
+"""Training of the bundled model of stickers: sources, renderer, and a stage per network."""

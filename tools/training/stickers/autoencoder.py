@@ -1,0 +1,142 @@
+"""Stage two: pictures of 256x256 to latents of 4x32x32 and back, and the latents of the pictures drawn ahead."""
+
+from __future__ import annotations
+
+import argparse
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from attune.demo.stickers import model, world
+from attune.demo.train import LATENT_SCALE, Stage, initialise
+
+from . import dataset
+from .sources import WORK
+
+WEIGHTS = model.WEIGHTS / "stickers_autoencoder.safetensors"
+
+
+def as_tensor(pictures: np.ndarray) -> Tensor:
+    """``uint8 [B, H, W, 3]`` to ``float [B, 3, H, W]`` in [-1, 1]."""
+    batch = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    return batch.contiguous(memory_format=torch.channels_last)
+
+
+def _slopes(images: Tensor) -> tuple[Tensor, Tensor]:
+    return images[:, :, 1:] - images[:, :, :-1], images[..., 1:] - images[..., :-1]
+
+
+def crops(rng: np.random.Generator, shards: list, number: int, side: int) -> np.ndarray:
+    """Random squares of pictures, two in three of them around a thing: ``uint8 [number, side, side, 3]``."""
+    out = np.empty((number, side, side, 3), np.uint8)
+    for i in range(number):
+        pictures, owners = shards[rng.integers(len(shards))]
+        k = rng.integers(len(pictures))
+        y, x = rng.integers(0, (world.SIZE - side) // 8 + 1, size=2) * 8  # squares of styles keep their phase
+        if rng.random() < 0.67:
+            places = np.argwhere(owners[k])
+            if len(places):
+                centre = places[rng.integers(len(places))] * (world.SIZE // dataset.OWNER) - side // 2
+                y, x = (centre // 8 * 8).clip(0, world.SIZE - side)
+        out[i] = pictures[k, y : y + side, x : x + side]
+    return out
+
+
+def train(minutes: float) -> nn.Module:
+    """Crops first, which are quick; whole pictures for the last third, because group norms see the whole picture."""
+    net = model.autoencoder()
+    initialise(net, 1)
+    stage = Stage("stickers_autoencoder", {"autoencoder": net.to(memory_format=torch.channels_last)}, minutes, 2e-3)
+    rng = np.random.default_rng(stage.step)
+    shards = [dataset.load("train", k) for k in dataset.shards("train")]
+    encoder, decoder = (torch.compile(part, dynamic=False) for part in (net.encoder, net.decoder))
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        crop, batch = (64, 16) if stage.spent < 0.67 * stage.seconds else (world.SIZE, 2)
+        target = as_tensor(crops(rng, shards, batch, crop))
+        with torch.autocast("cpu", torch.bfloat16):
+            moments = net.quant_conv(encoder(target))
+            mean, log_variance = moments.float().chunk(2, dim=1)
+            log_variance = log_variance.clamp(-20, 10)
+            z = mean + torch.randn_like(mean) * torch.exp(0.5 * log_variance)
+            out = decoder(net.post_quant_conv(z)).float()
+        kl = 0.5 * (mean**2 + log_variance.exp() - 1 - log_variance).mean()
+        error, square = (out - target).abs().mean(), F.mse_loss(out, target)
+        slope = torch.stack([(a - b).abs().mean() for a, b in zip(_slopes(out), _slopes(target), strict=True)]).mean()
+        return error + square + slope + 1e-4 * kl, {"L1": error.item(), "mse": square.item(), "slope": slope.item(), "kl": kl.item()}
+
+    stage.run(loss, 16)
+    return stage.average["autoencoder"].eval()
+
+
+def moments(net: nn.Module, pictures: np.ndarray) -> Tensor:
+    """Means and log variances ``float [B, 8, 32, 32]``, not scaled."""
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        return net.quant_conv(net.encoder(as_tensor(pictures))).float()
+
+
+def normalise(net: nn.Module, pictures: np.ndarray) -> None:
+    """Fold a shift and a scale per channel into the 1x1 convolutions: latents times `LATENT_SCALE` get mean 0, deviation 1."""
+    found = torch.cat([moments(net, pictures[i : i + 8])[:, :4] for i in range(0, len(pictures), 8)])
+    shift, scale = found.mean((0, 2, 3)), found.std((0, 2, 3)) * LATENT_SCALE
+    into, out = net.quant_conv, net.post_quant_conv
+    with torch.no_grad():
+        out.bias.add_(out.weight[:, :, 0, 0] @ shift)
+        out.weight.mul_(scale[None, :, None, None])
+        into.bias[:4].sub_(shift).div_(scale)
+        into.weight[:4].div_(scale[:, None, None, None])
+        into.bias[4:].sub_(2 * scale.log())
+
+
+def preview_factors(net: nn.Module, pictures: np.ndarray) -> Tensor:
+    """Least-squares colours of latents, ``[5, 3]``: four channels and a constant, for ComfyUI's previews."""
+    latents = moments(net, pictures)[:, :4] * LATENT_SCALE
+    known = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1).permute(0, 2, 3, 1).reshape(-1, 5)
+    return torch.linalg.lstsq(known, F.avg_pool2d(as_tensor(pictures), 8).permute(0, 2, 3, 1).reshape(-1, 3)).solution
+
+
+def export(net: nn.Module, command: str) -> None:
+    """Write the weights, normalised, as fp16 safetensors."""
+    pictures = dataset.load("train", 0)[0]
+    normalise(net, pictures[:512])
+    parts = {**net.state_dict(), "preview_factors": preview_factors(net, pictures[512:640])}
+    WEIGHTS.parent.mkdir(exist_ok=True)
+    metadata = {"data_version": world.DATA_VERSION, "command": command}
+    save_file({k: v.half().contiguous() for k, v in parts.items()}, WEIGHTS, metadata=metadata)
+    print(f"saved {WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.1f} MB", flush=True)
+
+
+def shipped() -> nn.Module:
+    """The autoencoder as it ships."""
+    weights = model.stored("autoencoder")
+    del weights["preview_factors"]
+    net = model.autoencoder().eval().requires_grad_(False)
+    net.load_state_dict(weights)
+    return net.to(memory_format=torch.channels_last)
+
+
+def latents(split: str = "train") -> Tensor:
+    """Latents of deviation 1 of every drawn picture, ``float16 [N, 4, 32, 32]`` in order; kept on disk by shards."""
+    out, net = [], None
+    for shard in dataset.shards(split):
+        path = WORK / "pictures" / f"{split}_{shard:03d}_latents.pt"
+        if not path.exists():
+            net = net or shipped()
+            pictures = dataset.load(split, shard)[0]
+            found = [(moments(net, pictures[i : i + 8])[:, :4] * LATENT_SCALE).half() for i in range(0, len(pictures), 8)]
+            torch.save(torch.cat(found), path)
+            print(f"latents: {split} {shard}", flush=True)
+        out.append(torch.load(path, weights_only=True))
+    return torch.cat(out)
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=35)
+    args = parser.parse_args(argv)
+    torch.manual_seed(1)
+    export(train(args.minutes), f"run.py train stickers autoencoder --minutes {args.minutes:g}")
+    return 0
