@@ -9,7 +9,7 @@ COMMANDS = {
         "tools.runtime.job",
         "make pictures with a real ComfyUI, with and without guidance, and a grid that compares them",
     ),
-    "train": ("tools.training.shapes", "train the bundled model"),
+    "train": ("tools.training.command", "train a bundled model, shapes or stickers"),
     "evaluate": ("demo.evaluate", "measure how well a model draws what its prompts say"),
     "reader": ("demo.reader", "train or check the reader of pictures that evaluate uses"),
     "hunt": ("hunt.command", "search for attention heads as a config file says, here or on a Ray cluster"),

@@ -24,8 +24,8 @@ from comfy.clip_model import CLIPTextModel
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
-WEIGHTS = Path(__file__).parent.parent / "weights"
-PARTS = ("denoiser", "text", "autoencoder")  # a file each: stickers_<part>.safetensors
+WEIGHTS = Path(__file__).parent / "weights"
+PARTS = ("denoiser", "text", "autoencoder")  # a file each
 TOKEN_ROWS = "text_model.embeddings.token_embedding.weight"
 
 TEXT_CONFIG: dict[str, Any] = {
@@ -124,7 +124,7 @@ def stored(part: str) -> dict[str, torch.Tensor]:
     Raises:
         FileNotFoundError: when the weights are missing from the pack's folder.
     """
-    path = WEIGHTS / f"stickers_{part}.safetensors"
+    path = WEIGHTS / f"{part}.safetensors"
     if not path.is_file():
         raise FileNotFoundError(f"the demo model's weights are missing ({path}); install the pack again, they come with it")
     weights = comfy.utils.load_torch_file(str(path), safe_load=True)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from . import world
 
-WEIGHTS = Path(__file__).parent.parent / "weights" / "stickers_reader.safetensors"
+WEIGHTS = Path(__file__).parent / "weights" / "reader.safetensors"
 CELL = 8  # pixels per cell of the grid
 QUARTER = 4  # pixels per square of the map of what things cover
 CHUNK = 32  # pictures read at once

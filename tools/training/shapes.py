@@ -55,7 +55,10 @@ def take(source: Iterator[world.Scene], count: int) -> list[world.Scene]:
 
 
 class Stage:
-    """One training loop: a cosine schedule by time spent, checkpoints every few minutes, an average of the weights."""
+    """One training loop: a cosine schedule by time spent, checkpoints every few minutes, an average of the weights.
+
+    Time is what this thread has worked, so that a machine busy with other things makes training longer, not worse.
+    """
 
     def __init__(self, name: str, modules: dict[str, nn.Module], minutes: float, rate: float, decay: float = 0.999):
         self.name, self.modules, self.seconds, self.rate, self.decay = name, modules, minutes * 60, rate, decay
@@ -84,7 +87,7 @@ class Stage:
 
     def run(self, loss: Callable[[int], tuple[Tensor, dict[str, float]]], batch: int) -> None:
         """Call ``loss(step)`` until the time is spent."""
-        began, saved_at, said, window = time.time() - self.spent, self.spent, self.spent, self.step
+        began, saved_at, said, window = time.thread_time() - self.spent, self.spent, self.spent, self.step
         while not self.done:
             progress = self.spent / self.seconds
             warm = min(1.0, (self.step + 1) / 200)
@@ -100,7 +103,7 @@ class Stage:
             live: list[Tensor] = list(self.live.parameters())
             torch._foreach_lerp_(averaged, live, 1 - keep)
             self.step += 1
-            self.spent = time.time() - began
+            self.spent = time.thread_time() - began
             if self.spent - said > 30:
                 speed = (self.step - window) * batch / (self.spent - said)
                 words = "  ".join(f"{k} {v:.4f}" for k, v in notes.items())

@@ -10,8 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from attune.demo.stickers import world
-
+from ....demo.stickers import world
 from .renderer import render
 
 

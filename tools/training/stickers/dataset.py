@@ -8,8 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
-from attune.demo.stickers import world
-
+from ....demo.stickers import world
 from .renderer import render
 from .sources import WORK
 from .spoiled import spoil
@@ -78,7 +77,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--spoiled", type=int, default=4, help="thousands of pictures with spoiled things, for the reader")
     parser.add_argument("--held-out", type=int, default=2, help="thousands of each of the splits tune and test")
     args = parser.parse_args(argv)
-    for split, count in (("train", args.thousands), ("spoiled", args.spoiled), ("tune", args.held_out), ("test", args.held_out)):
+    for split, count in (
+        ("train", args.thousands),
+        ("spoiled", args.spoiled),
+        ("tune", args.held_out),
+        ("test", args.held_out),
+    ):
         for shard in range(count):
             draw(split, shard)
     return 0

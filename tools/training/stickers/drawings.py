@@ -9,8 +9,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from attune.demo.stickers.world import COLOURS, FACES
-
+from ....demo.stickers.world import COLOURS, FACES
 from .sources import SOURCES, fetch
 
 FULL = 224  # pixels, side of a rasterised drawing
@@ -57,8 +56,10 @@ def _icons(which: int) -> dict[str, Any]:
 
 
 def _raster(svg: str, width: int) -> Image.Image:
-    import resvg_py
-
+    try:
+        import resvg_py
+    except ModuleNotFoundError as error:
+        raise ModuleNotFoundError("drawing stickers needs resvg: pip install -r tools/training/requirements.txt") from error
     return Image.open(io.BytesIO(bytes(resvg_py.svg_to_bytes(svg_string=svg, width=width)))).convert("RGBA")
 
 

@@ -14,11 +14,10 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor
 
-from attune.demo.stickers import reader as reading
-from attune.demo.stickers import world
-from attune.demo.stickers.reader import CELL, SURE, WIDTH, Maps, Reader
-from attune.demo.train import Stage
-
+from ....demo.stickers import reader as reading
+from ....demo.stickers import world
+from ....demo.stickers.reader import CELL, SURE, WIDTH, Maps, Reader
+from ..shapes import Stage
 from . import dataset
 
 IGNORED = -100
@@ -59,7 +58,9 @@ def wear(images: Tensor, rng: torch.Generator) -> Tensor:
         soft = F.interpolate(small, size=(h, w), mode="bilinear")
         images = torch.where(torch.rand((b, 1, 1, 1), generator=rng) < 0.5, soft, images)
     blotches = F.interpolate(torch.randn((b, 3, 24, 24), generator=rng), size=(h, w), mode="bilinear")
-    images = images + 0.06 * some(0.4, 1, 1, 1) * torch.randn(images.shape, generator=rng) + 0.06 * some(0.4, 1, 1, 1) * blotches
+    images = (
+        images + 0.06 * some(0.4, 1, 1, 1) * torch.randn(images.shape, generator=rng) + 0.06 * some(0.4, 1, 1, 1) * blotches
+    )
     light = 0.06 * some(0.5, 1, 1, 1) + 0.04 * some(0.5, 3, 1, 1)
     return ((images - 0.5) * (1 + 0.12 * some(0.5, 1, 1, 1)) + 0.5 + light).clamp(0, 1)
 

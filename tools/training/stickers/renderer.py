@@ -8,8 +8,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from attune.demo.stickers.world import SIZE, Scene, Thing
-
+from ....demo.stickers.world import SIZE, Scene, Thing
 from .drawings import drawing
 from .scenery import paint_place
 from .styles import FILTERS
@@ -60,8 +59,9 @@ def sticker(thing: Thing, rng: np.random.Generator, picture: Image.Image | None 
 def _window(s: Sticker) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
     """The part of the picture that a sticker covers, and the part of the sticker that is inside the picture."""
     h, w = s.cover.shape
-    t, l, b, r = max(s.top, 0), max(s.left, 0), min(s.top + h, SIZE), min(s.left + w, SIZE)
-    return (slice(t, b), slice(l, r)), (slice(t - s.top, b - s.top), slice(l - s.left, r - s.left))
+    top, left, bottom, right = max(s.top, 0), max(s.left, 0), min(s.top + h, SIZE), min(s.left + w, SIZE)
+    inside = slice(top - s.top, bottom - s.top), slice(left - s.left, right - s.left)
+    return (slice(top, bottom), slice(left, right)), inside
 
 
 def render(scene: Scene, instead: dict[int, Image.Image] | None = None) -> tuple[np.ndarray, np.ndarray]:

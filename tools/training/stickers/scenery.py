@@ -7,8 +7,7 @@ import functools
 import numpy as np
 from PIL import Image, ImageDraw
 
-from attune.demo.stickers.world import SIZE, WALLS
-
+from ....demo.stickers.world import SIZE, WALLS
 from .drawings import icon
 from .styles import smooth_noise
 
@@ -21,9 +20,12 @@ def _gradient(top: tuple[int, int, int], bottom: tuple[int, int, int], height: i
     return np.broadcast_to(both[0] * (1 - share) + both[1] * share, (height, SIZE, 3))
 
 
-def _sky_and_ground(*colours: tuple[int, int, int]) -> Image.Image:
+Colour = tuple[int, int, int]
+
+
+def _sky_and_ground(high: Colour, low: Colour, far: Colour, near: Colour) -> Image.Image:
     """Sky's colours from the top down to the horizon, then the ground's."""
-    both = _gradient(*colours[:2], HORIZON), _gradient(*colours[2:], SIZE - HORIZON)
+    both = _gradient(high, low, HORIZON), _gradient(far, near, SIZE - HORIZON)
     return Image.fromarray(np.concatenate(both).astype(np.uint8))
 
 
@@ -81,7 +83,9 @@ def _desert(rng: np.random.Generator) -> Image.Image:
         pen.polygon([(-2, SIZE), *zip(x.tolist(), height.tolist(), strict=True), (SIZE + 2, SIZE)], fill=colour)
         for _ in range(rng.integers(1, 4)):
             at = int(rng.integers(0, len(x)))
-            _stand(canvas, "cactus", int(rng.integers(2)), rng.uniform(24, 40), x[at], height[at] + 6, 3 if level < HORIZON else 1)
+            _stand(
+                canvas, "cactus", int(rng.integers(2)), rng.uniform(24, 40), x[at], height[at] + 6, 3 if level < HORIZON else 1
+            )
     return canvas
 
 

@@ -8,8 +8,7 @@ import numpy as np
 from PIL import Image
 from scipy import ndimage
 
-from attune.demo.stickers.world import COLOURS, NOUNS, OBJECTS, Thing
-
+from ....demo.stickers.world import COLOURS, NOUNS, OBJECTS, Thing
 from .drawings import drawing
 from .styles import smooth_noise
 
@@ -21,7 +20,7 @@ def _square(thing: Thing) -> np.ndarray:
     """The drawing in the middle of a square: ``float [SIDE, SIDE, 4]`` in [0, 255]."""
     picture = drawing(thing.noun, thing.drawing, thing.colour, thing.accessory)
     scale = SIDE / max(picture.size)
-    picture = picture.resize(tuple(max(1, round(s * scale)) for s in picture.size), Image.Resampling.BILINEAR)
+    picture = picture.resize([max(1, round(s * scale)) for s in picture.size], Image.Resampling.BILINEAR)
     canvas = Image.new("RGBA", (SIDE, SIDE))
     canvas.paste(picture, ((SIDE - picture.width) // 2, (SIDE - picture.height) // 2))
     return np.asarray(canvas, np.float32)

@@ -1,0 +1,149 @@
+"""Stage four: the denoiser, on latents of the pictures drawn ahead and with the frozen text encoder."""
+
+from __future__ import annotations
+
+import argparse
+import json
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from ....demo.stickers import model, world
+from ..shapes import Stage, Words, initialise, plain_attention
+from . import dataset
+from .autoencoder import latents
+
+WEIGHTS = model.WEIGHTS / "denoiser.safetensors"
+DROPPED = 0.1  # share of captions left empty, for guidance
+WARM_UP = 0.3  # share of the training that the auxiliary reading head helps for
+
+NAMED = (  # what the reading head names at each latent pixel, and how many there are
+    ("noun or place", len(world.NOUNS) + len(world.PLACES)),
+    ("colour", len(world.COLOURS)),
+    ("accessory", len(world.ACCESSORIES) + 1),
+    ("style", len(world.STYLES) + 1),
+)
+
+
+class Reading(nn.Module):
+    """What is where, read from the denoiser's features at 16x16 and at 32x32: a help at the start that does not ship.
+
+    It makes the denoiser look words up early. It is gone before the end, because it teaches binding that large models lack.
+    """
+
+    def __init__(self, coarse: int, fine: int):
+        super().__init__()
+        total = sum(count for _, count in NAMED)
+        self.coarse, self.fine = nn.Conv2d(coarse, 4 * total, 1), nn.Conv2d(fine, total, 1)
+
+    def forward(self, coarse: Tensor, fine: Tensor, truth: Tensor) -> Tensor:
+        """Mean cross-entropy against ``truth [B, 4, 32, 32]`` (class numbers, -100 where there is none or a cell is mixed)."""
+        losses = [
+            F.cross_entropy(part.float(), truth[:, i], ignore_index=-100, reduction="sum") / truth[:, 0].numel()
+            for read in (F.pixel_shuffle(self.coarse(coarse), 2), self.fine(fine))
+            for i, part in enumerate(read.split([count for _, count in NAMED], dim=1))
+        ]
+        return torch.stack(losses).mean()
+
+
+class Pool:
+    """Latents of the drawn pictures, their scenes, and who is where."""
+
+    def __init__(self) -> None:
+        self.latents = latents("train")
+        shards = dataset.shards("train")
+        self.scenes = [scene for shard in shards for scene in dataset.scenes_of("train", shard)]
+        owners = np.concatenate([dataset.load("train", shard)[1] for shard in shards]).astype(np.int8)
+        corners = [owners[:, a::2, b::2] for a in (0, 1) for b in (0, 1)]
+        same = np.all([c == corners[0] for c in corners], axis=0)
+        self.owners = torch.from_numpy(np.where(same, corners[0], -1))  # -1: mixed
+        self.names = torch.full((len(self.scenes), 5, len(NAMED)), -100, dtype=torch.int16)  # place, things, mixed
+        colours, accessories, styles = [*world.COLOURS], ("", *world.ACCESSORIES), ("", *world.STYLES)
+        for row, scene in zip(self.names, self.scenes, strict=True):
+            row[0, 0], row[0, 3] = len(world.NOUNS) + world.PLACES.index(scene.place), styles.index(scene.style)
+            for k, t in enumerate(scene.things, 1):
+                seen = t.colour and t.style not in world.COLOURLESS
+                row[k, 0], row[k, 1] = world.NOUNS.index(t.noun), colours.index(t.colour) if seen else -100
+                row[k, 2], row[k, 3] = accessories.index(t.accessory), styles.index(t.style)
+
+    def truth(self, chosen: np.ndarray) -> Tensor:
+        """What the reading head should say, ``int64 [B, 4, 32, 32]``."""
+        where = self.owners[chosen].long().flatten(1)[:, :, None].expand(-1, -1, len(NAMED))  # -1 takes the last row
+        return self.names[chosen].long().gather(1, where % 5).transpose(1, 2).unflatten(2, self.owners.shape[1:])
+
+
+def text_encoder() -> nn.Module:
+    """The text encoder as it ships."""
+    tower = model.text_tower().eval().requires_grad_(False)
+    tower.load_state_dict(model.stored("text"))
+    return tower
+
+
+def train(minutes: float, words: Words, batch: int) -> tuple[nn.Module, dict[str, float]]:
+    """Noise prediction, min-SNR-5 weights, a tenth of the captions dropped; goes on from checkpoint or stored weights."""
+    unet = model.unet()
+    initialise(unet, 3)
+    with torch.no_grad():  # residual branches start as nothing
+        for name, parameter in unet.named_parameters():
+            if name.startswith("out.2") or ".out_layers.3." in name or ".proj_out." in name:
+                parameter.zero_()
+    if WEIGHTS.exists():  # without the optimiser's state, should no checkpoint be there
+        unet.load_state_dict({name: weight.float() for name, weight in load_file(WEIGHTS).items()})
+    unet = unet.to(memory_format=torch.channels_last)
+    torch.manual_seed(3)
+    channels = model.UNET_CONFIG["model_channels"]
+    reading, text, pool = Reading(channels * 3, channels * 2), text_encoder(), Pool()
+    stage = Stage("stickers_denoiser", {"denoiser": unet, "reading": reading}, minutes, 1e-3, decay=0.9995)
+    rng = np.random.default_rng([3, stage.step])
+    kept = 1 / (1 + model.noise_levels() ** 2)
+
+    def forward(x: Tensor, t: Tensor, context: Tensor, truth: Tensor | None) -> tuple[Tensor, Tensor]:
+        taps = []
+
+        def tap(h: Tensor, skip: Tensor, options: dict) -> tuple[Tensor, Tensor]:
+            taps.append(h)
+            return h, skip
+
+        options = {"optimized_attention_override": plain_attention, "patches": {"output_block_patch": [tap]}}
+        guess = unet._forward(x, t, context, None, None, options)
+        return guess, reading(taps[2], taps[4], truth) if truth is not None else guess.new_zeros(())
+
+    compiled = torch.compile(forward, dynamic=False)
+
+    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        help_ = max(0.0, 1 - stage.spent / (WARM_UP * stage.seconds))
+        chosen = rng.integers(0, len(pool.scenes), batch)
+        texts = ["" if rng.random() < DROPPED else world.describe(pool.scenes[i], rng).text for i in chosen]
+        x, t = (
+            pool.latents[chosen].float(),
+            torch.from_numpy((rng.permutation(batch) + rng.random(batch)) / batch * 1000).long(),
+        )
+        noise, a = torch.randn_like(x), kept[t][:, None, None, None]
+        noisy = (a.sqrt() * x + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
+        with torch.autocast("cpu", torch.bfloat16):
+            with torch.no_grad():
+                context = text(words.batch(texts))[0]
+            guess, read = compiled(noisy, t.float(), context.float(), pool.truth(chosen) if help_ else None)
+        snr = a / (1 - a)
+        error = ((guess.float() - noise) ** 2).mean((1, 2, 3))
+        own = (error * (snr.clamp(max=5) / snr).flatten()).mean()
+        return 4 * own + 0.3 * help_ * read, {"error": error.mean().item(), "weighted": own.item(), "read": read.item()}
+
+    stage.run(loss, batch)
+    return stage.average["denoiser"].eval(), {"minutes": round(stage.spent / 60, 1), "pictures": stage.step * batch}
+
+
+def main(argv: list[str]) -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--minutes", type=float, default=480, help="training time in all, over any number of runs")
+    parser.add_argument("--batch", type=int, default=32)
+    args = parser.parse_args(argv)
+    denoiser, spent = train(args.minutes, Words(), args.batch)
+    command = f"run.py train stickers denoiser --minutes {args.minutes:g} --batch {args.batch}"
+    metadata = {"data_version": world.DATA_VERSION, "command": command, "trained": json.dumps(spent)}
+    save_file({k: v.half().contiguous() for k, v in denoiser.state_dict().items()}, WEIGHTS, metadata=metadata)
+    print(f"saved {WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.1f} MB", flush=True)
+    return 0
