@@ -6,11 +6,12 @@ from comfy_api.latest import io
 
 from ..language.decompose import GRANULARITIES, ORDERS, decompose
 from ..server import routes as browser
+from .base import AttuneNode
 
 AttuneBranchesType = io.Custom("ATTUNE_BRANCHES")
 
 
-class AttuneDecompose(io.ComfyNode):
+class AttuneDecompose(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

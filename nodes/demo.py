@@ -4,8 +4,10 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from .base import AttuneNode
 
-class AttuneDemoModel(io.ComfyNode):
+
+class AttuneDemoModel(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -14,6 +14,7 @@ from comfy_api.latest import io
 from ..language.decompose import Branch, Branches
 from ..language.words import prompt_words
 from ..patches.detail import sampler as detail
+from .base import AttuneNode
 from .decompose import AttuneBranchesType
 
 
@@ -83,7 +84,7 @@ def encode(clip: Any, branches: Branches, released: bool = False) -> list[Any]:
     return out
 
 
-class AttuneEncodeBranches(io.ComfyNode):
+class AttuneEncodeBranches(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -110,7 +111,7 @@ class AttuneEncodeBranches(io.ComfyNode):
         return io.NodeOutput(encode(clip, branches))
 
 
-class AttuneDetailSampler(io.ComfyNode):
+class AttuneDetailSampler(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

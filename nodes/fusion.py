@@ -7,10 +7,11 @@ from comfy_api.latest import io
 from ..language.phrases import fusable
 from ..patches import fusion
 from ..server.graph import tell
+from .base import AttuneNode
 from .words import AttuneWordsType
 
 
-class AttunePhraseFusion(io.ComfyNode):
+class AttunePhraseFusion(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

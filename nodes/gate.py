@@ -6,11 +6,12 @@ from comfy_api.latest import io
 
 from ..patches import gate
 from ..server.previews import Preview
+from .base import AttuneNode
 from .scorers import AttuneScorerType
 from .words import AttuneWordsType
 
 
-class AttuneSemanticGate(io.ComfyNode):
+class AttuneSemanticGate(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -5,10 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..patches import headfilter
+from .base import AttuneNode
 from .heads import AttuneHeadsType
 
 
-class AttuneHeadFilter(io.ComfyNode):
+class AttuneHeadFilter(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

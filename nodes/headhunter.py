@@ -21,6 +21,7 @@ from ..hunt import log as evaluations
 from ..hunt.report import image
 from ..patches.hook.attention import model_sites
 from ..server import layouts
+from .base import AttuneNode
 from .heads import AttuneHeadsType
 from .scorers import AttuneScorerType
 
@@ -109,7 +110,7 @@ class _Show:
             server.send_progress_text(line, self.node)
 
 
-class AttuneHeadHunter(io.ComfyNode):
+class AttuneHeadHunter(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -268,7 +269,7 @@ class AttuneHeadHunter(io.ComfyNode):
         return io.NodeOutput(told, image(engine, found), report, ui=heat)
 
 
-class AttuneSaveHeads(io.ComfyNode):
+class AttuneSaveHeads(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -297,7 +298,7 @@ class AttuneSaveHeads(io.ComfyNode):
         return io.NodeOutput(heads, str(headsets.save(heads, sites, family, name)))
 
 
-class AttuneLoadHeads(io.ComfyNode):
+class AttuneLoadHeads(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -339,7 +340,7 @@ class AttuneLoadHeads(io.ComfyNode):
         return io.NodeOutput(told, "\n".join(lines), ui=heat)
 
 
-class AttunePromptList(io.ComfyNode):
+class AttunePromptList(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -7,11 +7,12 @@ from comfy_api.latest import io
 from ..patches.hook.attention import model_sites
 from ..patches.hook.sites import select
 from ..server import layouts
+from .base import AttuneNode
 
 AttuneHeadsType = io.Custom("ATTUNE_HEADS")
 
 
-class AttuneHeads(io.ComfyNode):
+class AttuneHeads(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -10,12 +10,13 @@ from ..patches.maps import pictures
 from ..patches.maps import record as patches
 from ..server.graph import made_by
 from ..server.previews import Preview
+from .base import AttuneNode
 from .words import AttuneWordsType
 
 AttuneMapsType = io.Custom("ATTUNE_MAPS")
 
 
-class AttuneAttentionMaps(io.ComfyNode):
+class AttuneAttentionMaps(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -81,7 +82,7 @@ class AttuneAttentionMaps(io.ComfyNode):
         return io.NodeOutput(*patches.apply(model, heads, kind, steps, precision, keep_on, limit_mb, observer))
 
 
-class AttuneShowMaps(io.ComfyNode):
+class AttuneShowMaps(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -118,7 +119,7 @@ class AttuneShowMaps(io.ComfyNode):
         return io.NodeOutput(*pictures.show(record, words, image, view))
 
 
-class AttuneSegmentation(io.ComfyNode):
+class AttuneSegmentation(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

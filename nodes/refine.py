@@ -5,10 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..patches import refine
+from .base import AttuneNode
 from .words import AttuneWordsType
 
 
-class AttuneRefineMaps(io.ComfyNode):
+class AttuneRefineMaps(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

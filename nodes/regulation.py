@@ -8,10 +8,11 @@ from ..patches import regulation
 from ..patches.hook.attention import model_sites
 from ..patches.hook.sites import select
 from ..server.previews import Preview
+from .base import AttuneNode
 from .words import AttuneWordsType
 
 
-class AttuneRegulation(io.ComfyNode):
+class AttuneRegulation(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -5,9 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..language.scb import SIZE, style_prompt
+from .base import AttuneNode
 
 
-class AttuneSCBPrompts(io.ComfyNode):
+class AttuneSCBPrompts(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -6,10 +6,11 @@ from comfy_api.latest import io
 
 from ..patches import scfg
 from ..server.previews import Preview
+from .base import AttuneNode
 from .maps import AttuneMapsType
 
 
-class AttuneSemanticCFG(io.ComfyNode):
+class AttuneSemanticCFG(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -8,12 +8,13 @@ from ..methods.scores import diversity
 from ..scoring.detector import Detector
 from ..scoring.metrics import METRICS, score, style_score, table
 from ..scoring.scorers import DETECTORS, fingerprint
+from .base import AttuneNode
 from .scorers import AttuneScorerType, model_folders
 
 WITHOUT = "none (use masks)"
 
 
-class AttuneScore(io.ComfyNode):
+class AttuneScore(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -54,7 +55,7 @@ class AttuneScore(io.ComfyNode):
         return io.NodeOutput(mean, table(("picture", metric), rows))
 
 
-class AttuneDiversity(io.ComfyNode):
+class AttuneDiversity(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -81,7 +82,7 @@ class AttuneDiversity(io.ComfyNode):
         return io.NodeOutput(diversity(scorer.features(images)))
 
 
-class AttuneSCBScore(io.ComfyNode):
+class AttuneSCBScore(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

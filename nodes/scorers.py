@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..scoring.scorers import SCORERS, ClipScorer, PreferenceScorer, fingerprint, folders
+from .base import AttuneNode
 
 AttuneScorerType = io.Custom("ATTUNE_SCORER")
 NONE = "(none yet)"
@@ -15,7 +16,7 @@ def model_folders(kind: str) -> list[str]:
     return list(folders(kind)) or [NONE]
 
 
-class _OfFolder(io.ComfyNode):
+class _OfFolder(AttuneNode):
     """A node whose scorer is made of a model folder."""
 
     scorer: type[ClipScorer] | type[PreferenceScorer]
@@ -84,7 +85,7 @@ class AttunePreferenceScorer(_OfFolder):
         )
 
 
-class AttuneDemoScorer(io.ComfyNode):
+class AttuneDemoScorer(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

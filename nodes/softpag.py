@@ -5,10 +5,11 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..patches import softpag
+from .base import AttuneNode
 from .heads import AttuneHeadsType
 
 
-class AttuneSoftPAG(io.ComfyNode):
+class AttuneSoftPAG(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

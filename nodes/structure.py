@@ -6,10 +6,11 @@ from comfy_api.latest import io
 
 from ..patches import structure
 from ..server.graph import made_by
+from .base import AttuneNode
 from .maps import AttuneMapsType
 
 
-class AttuneStructureRefine(io.ComfyNode):
+class AttuneStructureRefine(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

@@ -7,11 +7,12 @@ from comfy_api.latest import io
 from ..language.words import encode_prompt, prompt_words
 from ..server import previews as live
 from ..server import routes as browser
+from .base import AttuneNode
 
 AttuneWordsType = io.Custom("ATTUNE_WORDS")
 
 
-class AttuneWords(io.ComfyNode):
+class AttuneWords(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(

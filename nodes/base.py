@@ -1,0 +1,202 @@
+"""What every node of the pack is: a V3 node whose inputs are checked against its own schema before anything is computed."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from numbers import Integral, Real
+from typing import Any
+
+import torch
+from comfy_api.latest import io
+from torch import Tensor
+
+from ..language.decompose import Branches
+from ..language.words import Words
+from ..patches.hook.sites import Heads
+from ..patches.maps.record import Maps
+from ..scoring.scorers import Scorer
+
+WHOLE, NUMBER, TEXT, CHOICE, SWITCH = "INT", "FLOAT", "STRING", "COMBO", "BOOLEAN"
+# What an object of a type has, where it is of a class of ComfyUI's that other packs derive from or imitate.
+PARTS = {"MODEL": ("clone", "model_options"), "CLIP": ("tokenize",), "VAE": ("decode",)}
+CLASSES: dict[str, type] = {
+    "ATTUNE_BRANCHES": Branches,
+    "ATTUNE_HEADS": Heads,
+    "ATTUNE_MAPS": Maps,
+    "ATTUNE_SCORER": Scorer,
+    "ATTUNE_WORDS": Words,
+}
+ABSENT = {
+    "CLIP": "there is no text encoder: this checkpoint has none, so load a CLIP on its own",
+    "MODEL": "there is no diffusion model: this file has none, so load a checkpoint or a diffusion model",
+    "VAE": "there is no VAE: this checkpoint has none, so load a VAE on its own",
+}
+
+
+class AttuneNode(io.ComfyNode):
+    """A node that checks what it is given, whoever runs it.
+
+    ComfyUI compares widgets with their limits, but NaN passes every comparison, and what comes through a link is not looked at. So
+    `execute` begins with `check`, in ComfyUI and from Python alike.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        own = cls.__dict__.get("execute")
+        # ComfyUI derives a class from each node for every run, with the node's own methods in it: they check already.
+        if own is not None and own.__func__ is not super(cls, cls).execute.__func__:
+            cls.execute = classmethod(_checked(own.__func__))  # type: ignore[method-assign]
+
+
+def _checked(execute: Callable[..., io.NodeOutput]) -> Callable[..., io.NodeOutput]:
+    names = list(inspect.signature(execute).parameters)[1:]
+
+    @functools.wraps(execute)
+    def checked(cls: type[io.ComfyNode], *args: Any, **kwargs: Any) -> io.NodeOutput:
+        check(cls.define_schema(), dict(zip(names, args, strict=False)) | kwargs)
+        return execute(cls, *args, **kwargs)
+
+    return checked
+
+
+def check(schema: io.Schema, given: Mapping[str, Any]) -> None:
+    """Compare what a node is given with its schema.
+
+    Args:
+        given: values by the inputs' names; lists of them for a node with ``is_input_list``.
+
+    Raises:
+        ValueError: for the first value that does not fit, with the node, the input, the value and what to do.
+    """
+    for entry in schema.inputs:
+        if entry.id not in given:
+            continue
+        value = given[entry.id]
+        listed = schema.is_input_list and isinstance(value, Sequence) and not isinstance(value, str) and len(value) > 0
+        for one in value if listed else (value,):
+            wrong = fault(entry, one)
+            if wrong is not None:
+                raise ValueError(f"{schema.display_name}: {wrong}.")
+
+
+def fault(entry: Any, value: Any) -> str | None:
+    """What is wrong with a value for an input, and what to do; None where it fits."""
+    kind, name = str(entry.get_io_type()), entry.id
+    if value is None:
+        default = f"{name} has no value: connect it or fill it in"
+        return None if entry.optional else f"{name}: {ABSENT[kind]}" if kind in ABSENT else default
+    if kind in (WHOLE, NUMBER):
+        return _number(entry, kind, value)
+    if kind == TEXT:
+        return _text(name, value)
+    if kind == CHOICE:
+        listed = ", ".join(map(str, entry.options))
+        fits = isinstance(value, str) and value in entry.options
+        return None if fits else f"there is no {name} {shown(value)}; choose one of: {shortened(listed, 400)}"
+    if kind == SWITCH:
+        return None if isinstance(value, Integral) else f"{name} is {shown(value)}; it must be on or off (true or false)"
+    if kind in CHECKS:
+        wrong = CHECKS[kind](value)
+        return None if wrong is None else f"{name} {wrong}"
+    of_class = isinstance(value, CLASSES.get(kind, object)) and all(hasattr(value, part) for part in PARTS.get(kind, ()))
+    return None if of_class else f"{name} is {shown(value)} and no {kind}; connect a node that gives one"
+
+
+def _number(entry: Any, kind: str, value: Any) -> str | None:
+    most = sys.float_info.max
+    low = -most if entry.min is None else entry.min
+    high = most if entry.max is None else entry.max
+    if isinstance(value, Integral if kind == WHOLE else Real) and low <= value <= high:  # NaN is in no range
+        return None
+    limits = "" if entry.min is None or entry.max is None else f" from {low} to {high}"
+    return f"{entry.id} is {shown(value)}; give a {'whole ' if kind == WHOLE else ''}number{limits}"
+
+
+def _text(name: str, value: Any) -> str | None:
+    if not isinstance(value, str):
+        return f"{name} is {shown(value)}; it must be a text"
+    try:
+        value.encode()
+    except UnicodeEncodeError as error:
+        return (
+            f"{name} has half a character at place {error.start + 1} (a lone surrogate), which cannot be encoded; delete it and type "
+            "it again"
+        )
+    return None
+
+
+def _tensor(value: Any, dimensions: str) -> str | None:
+    """What is wrong with a tensor that must have as many dimensions as ``dimensions`` has letters."""
+    if not isinstance(value, Tensor) or value.is_nested or not value.dtype.is_floating_point:
+        return f"is {shown(value)}"
+    if value.ndim != len(dimensions) or not value.numel():
+        return f"has the shape {list(value.shape)} and not [{', '.join(dimensions)}], each at least 1"
+    if not torch.stack(value.aminmax()).isfinite().all():
+        return "holds values that are not finite numbers (NaN or infinity)"
+    return None
+
+
+def _image(value: Any) -> str | None:
+    wrong = _tensor(value, "BHWC")
+    if wrong is None and value.shape[3] not in (3, 4):
+        wrong = f"has {value.shape[3]} channels and not red, green and blue"
+    return None if wrong is None else f"{wrong}; connect pictures, as VAE Decode or Load Image gives them"
+
+
+def _mask(value: Any) -> str | None:
+    flat = isinstance(value, Tensor) and value.ndim == 2
+    wrong = _tensor(value.float() if isinstance(value, Tensor) else value, "HW" if flat else "BHW")
+    return None if wrong is None else f"{wrong}; connect masks, as Load Image or Attention Segmentation gives them"
+
+
+def _latent(value: Any) -> str | None:
+    samples = value.get("samples") if isinstance(value, Mapping) else value
+    if samples is value:
+        wrong: str | None = f"is {shown(value)}"
+    elif getattr(samples, "ndim", 4) > 4 or getattr(samples, "is_nested", False):
+        wrong = "is of a video, of sound or of something else than pictures"
+    else:
+        wrong = _tensor(samples, "BCHW")
+    return None if wrong is None else f"{wrong}; connect a latent of pictures, from a sampler, VAE Encode or Empty Latent Image"
+
+
+def _conditioning(value: Any) -> str | None:
+    pairs = value if isinstance(value, (list, tuple)) else ()
+    wrong: str | None = None if pairs else f"is {shown(value)} without a prompt in it"
+    for pair in pairs:
+        if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[1], dict)):
+            wrong = wrong or f"holds {shown(pair)}, which is no pair of an encoded text and its options"
+        else:
+            wrong = wrong or _tensor(pair[0], "BNC")
+    return None if wrong is None else f"{wrong}; connect a conditioning, as CLIP Text Encode gives it"
+
+
+CHECKS: dict[str, Callable[[Any], str | None]] = {
+    "CONDITIONING": _conditioning,
+    "IMAGE": _image,
+    "LATENT": _latent,
+    "MASK": _mask,
+}
+
+
+def shortened(text: str, most: int) -> str:
+    """A text that fits into a sentence, and that every terminal and log can show."""
+    whole = text.encode(errors="replace").decode()
+    return whole if len(whole) <= most else f"{whole[: most - 1]}…"
+
+
+def shown(value: Any) -> str:
+    """A value in a sentence."""
+    if isinstance(value, str):
+        return f"“{shortened(value, 60)}”"
+    if isinstance(value, Tensor):
+        return f"a tensor of {str(value.dtype).removeprefix('torch.')}"
+    if not isinstance(value, Real):
+        return f"a {type(value).__name__}"
+    try:
+        return shortened(str(value), 60)
+    except ValueError:  # Python writes no number of more than 4,300 digits
+        return "a number of thousands of digits"
