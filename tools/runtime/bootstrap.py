@@ -15,21 +15,24 @@ from types import ModuleType
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def load(comfyui: Path, nodes: bool = True) -> ModuleType:
+def load(comfyui: Path | None, nodes: bool = True) -> ModuleType:
     """Put ComfyUI on the import path and return the pack as ``attune``. Call it once, before any other import of either.
 
-    Without ``nodes`` the pack's own start-up is skipped, and with it the slow import of torch: `attune.tools.runtime` needs neither.
+    Without ``comfyui`` there is the mathematics (`attune.methods`) and what else does not import ComfyUI. Without ``nodes`` the pack's
+    own start-up is skipped, and with it the slow import of torch: `attune.tools.runtime` needs neither.
     """
-    sys.path.insert(0, str(comfyui))
+    if comfyui:
+        sys.path.insert(0, str(comfyui))
     spec = importlib.util.spec_from_file_location("attune", ROOT / "__init__.py", submodule_search_locations=[str(ROOT)])
     assert spec and spec.loader
     package = importlib.util.module_from_spec(spec)
     sys.modules["attune"] = package
     if nodes:
-        from comfy.cli_args import args
+        if comfyui:
+            from comfy.cli_args import args
 
-        # Without this, ComfyUI looks for a CUDA device as soon as comfy.model_management is imported.
-        args.cpu = args.cpu or not has_accelerator()
+            # Without this, ComfyUI looks for a CUDA device as soon as comfy.model_management is imported.
+            args.cpu = args.cpu or not has_accelerator()
         spec.loader.exec_module(package)
     return package
 

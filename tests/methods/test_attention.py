@@ -1,0 +1,65 @@
+"""The mathematics of attention and SoftPAG against plain loops in float64."""
+
+import pytest
+import torch
+
+import attune.methods.attention as attention
+
+B, H, M, N, D = 2, 3, 7, 5, 4
+
+
+def tensor(*shape, seed=0):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape)), dtype=torch.float64)
+
+
+Q, K, V = tensor(B, H, M, D, seed=1), tensor(B, H, N, D, seed=2), tensor(B, H, N, D, seed=3)
+
+
+def naive(q, k, scale=None, mask=None):
+    """Weights, one at a time."""
+    b, h, m, d = q.shape
+    n = k.shape[2]
+    out = torch.zeros(b, h, m, n, dtype=torch.float64)
+    for i in range(b):
+        for j in range(h):
+            for r in range(m):
+                e = [float((q[i, j, r] * k[i, j, c]).sum()) * (d**-0.5 if scale is None else scale) for c in range(n)]
+                if mask is not None:
+                    e = [x + float(mask.expand(b, h, m, n)[i, j, r, c]) for c, x in enumerate(e)]
+                e = torch.tensor(e, dtype=torch.float64).exp()
+                out[i, j, r] = e / e.sum()
+    return out
+
+
+@pytest.mark.parametrize("elements", [1, B * H * N * 3, 1 << 24])
+@pytest.mark.parametrize("mask", [None, tensor(B, 1, M, N), tensor(B, 1, 1, N)], ids=["free", "mask", "key mask"])
+def test_probabilities(elements, mask, monkeypatch):
+    monkeypatch.setattr(attention, "BLOCK_ELEMENTS", elements)
+    full = naive(Q, K, 0.7, mask)
+    columns = torch.tensor([3, 0])
+    torch.testing.assert_close(attention.probabilities(Q, K, None, 0.7, mask), full)
+    torch.testing.assert_close(attention.probabilities(Q, K, columns, 0.7, mask), full[..., columns])
+    torch.testing.assert_close(attention.probabilities(Q, K, columns, 0.7, mask, mean_heads=True), full[..., columns].mean(1))
+    if mask is not None:
+        kept = mask > 0
+        kept[..., 0] = True
+        additive = torch.zeros_like(mask).masked_fill(~kept, -torch.inf)
+        torch.testing.assert_close(attention.probabilities(Q, K, None, None, kept), naive(Q, K, None, additive))
+    assert attention.probabilities(Q.half(), K.half()).dtype == torch.float32
+
+
+def test_recolumn_equals_the_edited_map():
+    full, columns = naive(Q, K), [1, 4]
+    after, rest = tensor(B, H, M, 2, seed=5).abs(), tensor(B, H, M, 1, seed=6).abs()
+    for r in (None, rest):
+        edited = full.clone() if r is None else full * r
+        edited[..., columns] = after
+        ours = attention.replace_columns(full @ V, V[:, :, columns], full[..., columns], after, r)
+        torch.testing.assert_close(ours, edited @ V)
+
+
+def test_shared_map():
+    values = tensor(4, H, N, D, seed=7)
+    mask = tensor(1, 1, M, N, seed=8)
+    ours = attention.shared(Q[:1], K[:1], values, 0.6, mask)
+    torch.testing.assert_close(ours, naive(Q[:1], K[:1], 0.6, mask) @ values)
