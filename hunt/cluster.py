@@ -7,21 +7,25 @@ process builds what it needs once and keeps it. What travels is a recipe and num
 from __future__ import annotations
 
 import importlib
+import ipaddress
 import json
+import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 
-from .engine import Row, Unit
+from .batches import Batch
+from .log import Evaluation
 
 PACK = Path(__file__).resolve().parent.parent
+LOOPBACK = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"  # 0: Ray takes the loopback address for its own
 RETRIES = 20  # of a batch whose worker dies: a batch that kills every worker must come to an end
 _held: dict[str, Any] = {}  # in a worker: the engine of each recipe
 
 
-def evaluate(builder: str, recipe: str, unit: Unit) -> list[Row]:
+def evaluate(builder: str, recipe: str, batch: Batch) -> list[Evaluation]:
     """In a worker: carry out a batch, with an engine that is built at the first one.
 
     Args:
@@ -31,7 +35,7 @@ def evaluate(builder: str, recipe: str, unit: Unit) -> list[Row]:
         _held.clear()
         module, name = builder.split(":")
         _held[recipe] = getattr(importlib.import_module(module), name)(json.loads(recipe))
-    return _held[recipe].evaluate(*unit)
+    return _held[recipe].evaluate(*batch)
 
 
 def _load_pack(pack: str, comfyui: str) -> None:
@@ -55,11 +59,16 @@ def _load_pack(pack: str, comfyui: str) -> None:
 class Cluster:
     """Ray at an address: ``local`` starts one here, ``auto`` finds the one that runs here, else ``host:port`` or ``ray://…``.
 
+    One that is started here listens on this machine only, with tokens where this Ray has them.
+
     Raises:
         ValueError: when Ray is not installed, or there is no cluster at that address.
     """
 
     def __init__(self, address: str, builder: str, recipe: Mapping[str, Any], cpus: float = 1, gpus: float | None = None):
+        if address == "local":
+            os.environ.setdefault("RAY_AUTH_MODE", "token")
+            os.environ[LOOPBACK] = "0"  # read when Ray is imported; on every system, in spite of its name
         try:
             import ray
         except ImportError:
@@ -70,16 +79,17 @@ class Cluster:
         self.own = not ray.is_initialized()
         if self.own:
             try:
-                ray.init(
-                    None if address == "local" else address,
-                    include_dashboard=False,
-                    log_to_driver=False,
-                    configure_logging=False,
-                )
+                ray.init(address, include_dashboard=False, log_to_driver=False, configure_logging=False)
             except (ConnectionError, RuntimeError, ValueError) as error:
                 raise ValueError(
                     f"there is no Ray cluster at “{address}” ({error}); start one with “ray start --head”."
                 ) from None
+            if address == "local" and not ipaddress.ip_address(host := ray.util.get_node_ip_address()).is_loopback:
+                ray.shutdown()
+                raise ValueError(
+                    f"Ray would listen on {host}, where others can reach it. Run the search in a process that has not imported Ray "
+                    "before, or start Ray yourself (“ray start --head”) and give its address."
+                )
         import folder_paths
 
         each = float("GPU" in ray.cluster_resources()) if gpus is None else gpus
@@ -88,18 +98,18 @@ class Cluster:
         # A function inside a function: Ray sends these by value, and a worker can run them before it has the pack.
         source = _load_pack
 
-        def work(builder: str, recipe: str, unit: Any) -> Any:
+        def work(builder: str, recipe: str, batch: Any) -> Any:
             load(pack, comfyui)
             from attune.hunt.cluster import evaluate  # type: ignore[import-not-found]
 
-            return evaluate(builder, recipe, unit)
+            return evaluate(builder, recipe, batch)
 
         load = _by_value(source)
         self.work = ray.remote(num_cpus=cpus, num_gpus=each, max_retries=RETRIES, max_calls=0)(work)
 
-    def __call__(self, units: Sequence[Unit]) -> Iterator[list[Row]]:
+    def __call__(self, batches: Sequence[Batch]) -> Iterator[list[Evaluation]]:
         """Carry out batches anywhere, in any order; what is not finished when nobody waits for it any more is dropped."""
-        waiting = [self.work.remote(self.builder, self.recipe, unit) for unit in units]
+        waiting = [self.work.remote(self.builder, self.recipe, batch) for batch in batches]
         try:
             while waiting:
                 ready, waiting = self.ray.wait(waiting, num_returns=1, timeout=1)

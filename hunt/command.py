@@ -17,32 +17,41 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ..nodes.headhunter import log_path, texts_of, time_left
+from ..patches.hook.attention import model_sites
 from ..patches.hook.sites import select
 from ..scoring.scorers import ClipScorer, PreferenceScorer, Scorer
-from . import engine as headhunter
-from . import head_files as headsets
-from . import log as evaluations
-from .report import sheet
+from .engine import Engine
+from .files import file_error, printable
+from .head_files import PACK, HeadFile, folder, save
+from .log import Log, log_path
+from .prompts import products, texts_of
+from .report import report, sheet, story, time_left
+from .search import Found, Progress, search
+from .settings import CUSTOM, PRESETS, Plan, Settings
 
 DEMO = "demo"
-BUILDER = f"{__name__}:engine"
-SETTINGS = [f.name for f in fields(headhunter.Settings)]
+BUILDER = f"{__name__}:engine_of"
+SETTINGS = [f.name for f in fields(Settings)]
 KEYS: dict[str, Any] = {
     "name": "search",
     "model": DEMO,  # or a checkpoint's file name, or {unet, clip: [...], clip_type, vae} by their file names
     "loras": [],  # [file name, strength] pairs
     "prompts": [],
+    "styles": [],  # each prompt is then drawn in every style, “style, prompt”
     "negative": "",
+    "guidance": 0.0,  # FLUX's guidance input in a search, as in the paper
     "width": 0,
     "height": 0,
-    "scorer": "",  # "demo: all bound", "clip: folder", "preference: folder"
+    "scorer": "",  # "demo: all bound", "clip: folder", "preference: folder", or a list of them
     "objective": "",
     "candidates": "",
-    "rounds": 3,
-    "heads_per_round": 2,
-    "images_per_candidate": 8,
-    "halving": 0,
+    "preset": CUSTOM,  # of rounds, heads_per_round and images_per_candidate
+    "rounds": Plan.rounds,
+    "heads_per_round": Plan.heads_per_round,
+    "images_per_candidate": Plan.images,
+    "halving": Plan.halving,
+    "ranking": Plan.ranking,
+    "thresholds": [],
     "rows": 0,
     "ray": None,  # {address, cpus, gpus}
     "output": "",
@@ -146,8 +155,33 @@ def load_scorer(text: str) -> Scorer:
     )
 
 
+def load_scorers(given: str | list[str], model: Any) -> list[Scorer]:
+    """The scorers that a config names; the bundled model has one of its own."""
+    names = [given] if isinstance(given, str) else list(given)
+    return [load_scorer(name or (DEMO if model == DEMO else "")) for name in names]
+
+
+def plan_of(config: Mapping[str, Any]) -> Plan:
+    """How a config goes through the heads.
+
+    Raises:
+        ValueError: for an unknown preset.
+    """
+    if config["preset"] not in PRESETS:
+        raise ValueError(f"there is no preset “{config['preset']}”; there are {', '.join(PRESETS)}.")
+    numbers = {
+        "rounds": config["rounds"],
+        "heads_per_round": config["heads_per_round"],
+        "images": config["images_per_candidate"],
+        **PRESETS[config["preset"]],
+    }
+    return Plan(
+        **numbers, halving=config["halving"], ranking=config["ranking"], thresholds=tuple(map(float, config["thresholds"]))
+    )
+
+
 @torch.inference_mode()
-def engine(config: Mapping[str, Any]) -> headhunter.Engine:
+def engine_of(config: Mapping[str, Any]) -> Engine:
     """What a config searches with; a Ray worker makes it from the same config.
 
     Raises:
@@ -156,53 +190,44 @@ def engine(config: Mapping[str, Any]) -> headhunter.Engine:
     config = filled(config)
     if not config["prompts"]:
         raise ValueError("the config has no prompts; give a list of them.")
+    prompts = products(config["styles"], config["prompts"])
     patched, clip, vae = load_model(config)
+    more = {"guidance": float(config["guidance"])} if model_sites(patched)[0] == "flux" else {}
 
     def encode(text: str) -> Any:
-        return clip.encode_from_tokens_scheduled(clip.tokenize(text))
+        return [[t, {**options, **more}] for t, options in clip.encode_from_tokens_scheduled(clip.tokenize(text))]
 
     default = 128 if config["model"] == DEMO else 1024
     sides = (config["height"] or default, config["width"] or default)
     channels = patched.get_model_object("latent_format").latent_channels
-    return headhunter.Engine(
+    return Engine(
         patched,
-        vae,
-        [encode(text) for text in config["prompts"]],
-        encode(config["negative"]),
-        {"samples": torch.zeros(1, channels, sides[0] // 8, sides[1] // 8)},
-        load_scorer(config["scorer"] or (DEMO if config["model"] == DEMO else "")),
-        texts_of(config["objective"], config["prompts"], len(config["prompts"])),
-        headhunter.Settings(**{name: config[name] for name in SETTINGS if name in config}),
-        config["rows"],
+        vae=vae,
+        positives=[encode(text) for text in prompts],
+        negative=encode(config["negative"]),
+        latent={"samples": torch.zeros(1, channels, sides[0] // 8, sides[1] // 8)},
+        scorers=load_scorers(config["scorer"], config["model"]),
+        texts=texts_of(config["objective"], prompts, len(prompts)),
+        settings=Settings(**{name: config[name] for name in SETTINGS if name in config}),
+        rows=config["rows"],
     )
 
 
-def run(
-    config: Mapping[str, Any], show: headhunter.Progress | None = None, log_at: Path | None = None
-) -> tuple[headhunter.Engine, headhunter.Found]:
-    """Search; errors as in `engine` and `headhunter.search`."""
-    made = engine(config)
+def run(config: Mapping[str, Any], show: Progress | None = None, log_at: Path | None = None) -> tuple[Engine, Found]:
+    """Search; errors as in `engine_of` and `search`."""
     config = filled(config)
+    plan = plan_of(config)
+    made = engine_of(config)
     candidates = select(config["candidates"], made.sites, made.family) if config["candidates"].strip() else None
     workers = None
-    log = evaluations.Log(log_at or log_path(config["name"]))
+    log = Log(log_at or log_path(config["name"]))
     try:
         if config["ray"]:
             from .cluster import Cluster
 
             options = dict(config["ray"])
             workers = Cluster(options.pop("address", "auto"), BUILDER, {**config, "ray": None, "rows": made.rows}, **options)
-        found = headhunter.search(
-            made,
-            log.search(*made.identity()),
-            candidates,
-            config["rounds"],
-            config["heads_per_round"],
-            config["images_per_candidate"],
-            config["halving"],
-            workers,
-            show,
-        )
+        found = search(made, log.evaluations(made.identities()), plan, candidates=candidates, workers=workers, progress=show)
     finally:
         log.close()
         if workers is not None:
@@ -227,14 +252,17 @@ def main(argv: list[str]) -> int:
         config = read(args.config)
         made, found = run(config, show)
         about = config["objective"].strip() or "the prompts"
-        place = args.output or Path(config["output"] or headsets.PACK / "output")
-        told = headsets.HeadFile(found.heads.family, found.heads.chosen, headhunter.story(made, found, about))
-        path = headsets.save(told, made.sites, made.family, config["name"], place)
-        report = headhunter.report(made, found, f"objective: {about}")
-        path.with_suffix(".txt").write_text(report + "\n", encoding="utf-8")
-        sheet(made, found).save(path.with_suffix(".png"))
+        place = args.output or Path(config["output"] or PACK / "output")
+        told = HeadFile(found.heads.family, found.heads.chosen, story(made, found, about))
+        path = save(told, made.sites, made.family, config["name"], place)
+        words = printable(report(made, found, about))
+        try:
+            path.with_suffix(".txt").write_text(words + "\n", encoding="utf-8")
+            sheet(made, found).save(path.with_suffix(".png"))
+        except OSError as error:
+            raise file_error("HeadHunter", path, error) from None
     except ValueError as error:
-        print(f"{error}", file=sys.stderr)
+        print(printable(f"{error}"), file=sys.stderr)
         return 1
-    print(f"{report}\n{path} (copy it to {headsets.folder()} for Load Heads), and .png and .txt beside it")
+    print(f"{words}\n{path} (copy it to {folder()} for Load Heads), and .png and .txt beside it")
     return 0

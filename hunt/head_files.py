@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import json
-import os
+import math
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -14,11 +14,12 @@ from typing import Any
 import folder_paths
 
 from ..patches.hook.sites import Heads, Site, check, select
-from .log import file_name
+from .files import file_error, file_name, printable, write_whole
 
 PACK = Path(__file__).resolve().parent.parent
 PRESETS = PACK / "hunt" / "presets"
 FORMAT = 1
+LARGEST, DEEPEST = 4 * 1024 * 1024, 16  # bytes and levels of a file that is read
 FIELDS = ("attune heads", "family", "layers", "heads")  # all others tell where a set comes from
 
 
@@ -43,7 +44,8 @@ def folder() -> Path:
 
 def names() -> list[str]:
     """All head sets that can be loaded; the user's hide presets of the same name."""
-    return sorted({p.stem for place in (PRESETS, folder()) if place.is_dir() for p in place.glob("*.json")})
+    found = {p.stem for place in (PRESETS, folder()) if place.is_dir() for p in place.glob("*.json")}
+    return sorted(name for name in found if printable(name) == name)  # an editor cannot be told of others
 
 
 def find(name: str) -> Path:
@@ -64,7 +66,7 @@ def save(heads: Heads, sites: tuple[Site, ...], family: str, name: str, place: P
     """Write a head set; one of the same name is replaced.
 
     Raises:
-        ValueError: when the heads are not this model's, or the name cannot be a file's.
+        ValueError: when the heads are not this model's, the name cannot be a file's, or the file cannot be written.
     """
     check(heads, sites, family)
     path = (place or folder()) / f"{file_name(name)}.json"
@@ -77,10 +79,7 @@ def save(heads: Heads, sites: tuple[Site, ...], family: str, name: str, place: P
         "heads": heads.text,
         **about,
     }
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_suffix(".part")
-    part.write_text(json.dumps(data, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(part, path)
+    write_whole("Save Heads", path, printable(json.dumps(data, indent=1, ensure_ascii=False) + "\n").encode())
     return path
 
 
@@ -91,13 +90,7 @@ def load(name: str, sites: tuple[Site, ...], family: str) -> HeadFile:
         ValueError: when there is none of that name, it is no head set, or it is of another kind of model.
     """
     path = find(name)
-    broken = f"Load Heads: {path} is not a head set of Attune; choose another, or save it again."
-    try:
-        data = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
-        raise ValueError(broken) from None
-    if not isinstance(data, dict) or not isinstance(data.get("layers"), dict) or not isinstance(data.get("heads"), str):
-        raise ValueError(broken)
+    data = _read(path)
     if data.get("attune heads") != FORMAT:
         raise ValueError(f"Load Heads: {path} was written by another version of Attune ({data.get('pack')}); update the pack.")
     layers = {site.name: site.heads for site in sites}
@@ -111,13 +104,60 @@ def load(name: str, sites: tuple[Site, ...], family: str) -> HeadFile:
     return HeadFile(family, select(data["heads"], sites, family).chosen, about)
 
 
+def _read(path: Path) -> dict[str, Any]:
+    """What is in a head file: JSON as the standard has it, and no deeper or larger than such a file is.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    broken = ValueError(f"Load Heads: {path} is not a head set of Attune; choose another, or save it again.")
+    try:
+        with path.open("rb") as file:
+            raw = file.read(LARGEST + 1)
+        if len(raw) > LARGEST:
+            raise broken
+        data = json.loads(raw.decode("utf-8"), parse_constant=_finite, parse_float=_finite)
+        json.dumps(data, ensure_ascii=False).encode("utf-8")  # no half characters
+    except OSError as error:
+        raise file_error("Load Heads", path, error) from None
+    except (ValueError, RecursionError):
+        raise broken from None
+    if not isinstance(data, dict) or not isinstance(data.get("layers"), dict) or not isinstance(data.get("heads"), str):
+        raise broken
+    if any(depth > DEEPEST for depth in _depths(data)):
+        raise broken
+    return data
+
+
+def _finite(text: str) -> float:
+    """A number of a file; NaN, Infinity and 1e999 are none that the editor could be told."""
+    if not math.isfinite(number := float(text)):
+        raise ValueError(f"{text} is not a number")
+    return number
+
+
+def _depths(data: Any) -> Iterator[int]:
+    """How deep everything in nested lists and objects lies."""
+    waiting = [(data, 0)]
+    while waiting:
+        value, depth = waiting.pop()
+        yield depth
+        held = value.values() if isinstance(value, dict) else value if isinstance(value, list) else ()
+        if depth <= DEEPEST:
+            waiting += [(v, depth + 1) for v in held]
+
+
 def _fits(heatmap: Any, layers: Mapping[str, int]) -> bool:
     """Whether this is a score, or None, for every head of some of the layers."""
     return isinstance(heatmap, dict) and all(
-        isinstance(row, list) and len(row) == layers.get(site) and all(v is None or isinstance(v, int | float) for v in row)
+        isinstance(row, list) and len(row) == layers.get(site) and all(v is None or _is_score(v) for v in row)
         for site, row in heatmap.items()
     )
 
 
+def _is_score(value: Any) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool) and abs(value) < 1e300
+
+
 def _shape(layers: Mapping[str, Any]) -> str:
-    return f"{len(layers)} layers and {sum(v for v in layers.values() if isinstance(v, int))} heads"
+    return f"{len(layers)} layers and {sum(v for v in layers.values() if isinstance(v, int) and abs(v) < 1e9)} heads"

@@ -1,16 +1,106 @@
-"""What a search for heads found, as one picture: scores of every head, the curve over the rounds, and pictures along the way."""
+"""What a search for heads found: in words, as the story that a head file keeps, and as one picture (the sheet)."""
 
 from __future__ import annotations
+
+import math
+from dataclasses import asdict
+from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
-from .engine import Engine, Found
+from .engine import Engine
+from .search import Found
 
 PAPER, INK, GREY, LINE = (250, 250, 248), (30, 30, 30), (205, 205, 205), (40, 90, 160)
 CELL, GAP, SMALL = 22, 16, 128
+
+
+# --- in words -----------------------------------------------------------------------------------------------------------
+
+
+def time_left(seconds: float) -> str:
+    """``3 h 20 min left``, or nothing where it is not known yet."""
+    if not math.isfinite(seconds):
+        return ""
+    minutes = round(seconds / 60)
+    if minutes >= 60:
+        return f", {minutes // 60} h {minutes % 60} min left"
+    return f", {minutes} min left" if minutes else ", a moment left"
+
+
+def head_scores(engine: Engine, found: Found) -> dict[str, list[float | None]]:
+    """Each head's score alone, as the first round found it, for every searched site; None for heads that were no candidates."""
+    alone = found.hunt.rounds[0].scores
+    searched = {site for site, _ in alone}
+    return {
+        s.name: [round(alone[s.name, n], 4) if (s.name, n) in alone else None for n in range(s.heads)]
+        for s in engine.sites
+        if s.name in searched
+    }
+
+
+def scorer_names(engine: Engine) -> str:
+    """The scorers, for people."""
+    return ", ".join(scorer.name for scorer in engine.scorers)
+
+
+def story(engine: Engine, found: Found, objective: str) -> dict[str, Any]:
+    """What a head set's file says about where it comes from."""
+    rounds = [{"chosen": [f"{site}:{number}" for site, number in r.chosen], "score": r.score} for r in found.hunt.rounds]
+    ranking = {"ranking": found.plan.text} if len(engine.scorers) > 1 else {}
+    return {
+        "objective": objective,
+        "scorer": scorer_names(engine),
+        **ranking,
+        "scores": {"no heads": found.hunt.plain, "rounds": rounds},
+        "heatmap": head_scores(engine, found),
+        "images": found.images,
+        "prompts": len(engine.positives),
+        "settings": asdict(engine.settings),
+    }
+
+
+def report(engine: Engine, found: Found, objective: str) -> str:
+    """The search in words."""
+    hunt = found.hunt
+    ranked = f", ranked by {found.plan.text}" if len(engine.scorers) > 1 else ""
+    lines = [
+        f"HeadHunter: {len(hunt.rounds[0].scores)} heads, {found.images} pictures of {len(engine.positives)} prompts for each, "
+        f"scorer {scorer_names(engine)}{ranked}, objective: {objective}",
+        f"no heads: {hunt.plain:.4f}{_each(found, 0)}",
+    ]
+    for i, r in enumerate(hunt.rounds, 1):
+        tried = sum(1 for n in r.images.values() if n < found.images)
+        fewer = f"; {tried} of {len(r.images)} candidates were left early, on fewer pictures" if tried else ""
+        joined = ", ".join(f"{site}:{number} ({r.scores[(site, number)]:.4f})" for site, number in r.chosen)
+        change = f"{r.score - hunt.plain:+.4f}"
+        lines.append(f"round {i}: {joined}; all together {r.score:.4f} ({change}){_each(found, i)}{fewer}")
+    if len(hunt.rounds) < found.plan.rounds:
+        lines.append(f"The search ended after round {len(hunt.rounds)}: no head is left that may join.")
+    best = max(range(len(hunt.rounds)), key=lambda i: hunt.rounds[i].score)
+    if hunt.rounds[best].score > hunt.rounds[-1].score:
+        lines.append(
+            f"The set was worth most after round {best + 1}: search again with that many rounds to get it; all is in the log."
+        )
+    lines.append(f"heads: {found.heads.text}")
+    lines.append(f"{found.computed} pictures made and scored now, {found.known} were in the log.")
+    if found.of_others and not found.known:
+        lines.append(
+            f"The log also holds {found.of_others} pictures of other settings (model, prompts, scorer, numbers), which were not used."
+        )
+    return "\n".join(lines)
+
+
+def _each(found: Found, place: int) -> str:
+    """Every scorer's own mean, where there are several."""
+    means = found.means[place]
+    return f" [{', '.join(f'{m:.4f}' for m in means)}]" if len(means) > 1 else ""
+
+
+# --- as a picture -------------------------------------------------------------------------------------------------------
 
 
 def _font(size: int = 13) -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

@@ -1,8 +1,8 @@
 """HeadHunter: greedy search for the attention heads whose perturbation serves an objective.
 
-Source: "Fine-Grained Perturbation Guidance via Attention Head Selection" (arXiv 2506.10978). In every round each head that is not
-chosen yet is tried together with the chosen ones, over the same prompts and seeds; the best ``k`` of them join the set. What a set
-is worth is the business of a function that the search is given.
+Source: "Where and How to Perturb" (NeurIPS 2025, arXiv 2506.10978 v4), algorithm 1. In every round each head that is not chosen yet is
+tried together with the chosen ones, over the same prompt–seed pairs; the best ``k`` of them join the set. What a set is worth is the
+business of a function that the search is given.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ Head: TypeAlias = Any  # whatever can be a dictionary's key
 HeadSet: TypeAlias = tuple[Head, ...]
 # evaluate(sets, n): the mean score of each set over the first n images; higher is better.
 Evaluate: TypeAlias = Callable[[Sequence[HeadSet], int], Sequence[float]]
+Eligible: TypeAlias = Callable[[Sequence[HeadSet], int], Sequence[bool]]  # whether the last head of each set may join
 
 
 @dataclass(frozen=True)
@@ -65,8 +66,19 @@ def rungs(candidates: int, keep: int, images: int, halving: int) -> list[tuple[i
     ]
 
 
+def harmonic_mean(a: float, b: float) -> float:
+    """``2ab / (a + b)`` of two scores, near the smaller one; 0 where their sum is not above 0, as in the released code."""
+    return 2 * a * b / (a + b) if a + b > 0 else 0.0
+
+
 def hunt(
-    candidates: Sequence[Head], evaluate: Evaluate, rounds: int, heads_per_round: int, images: int, halving: int = 0
+    candidates: Sequence[Head],
+    evaluate: Evaluate,
+    rounds: int,
+    heads_per_round: int,
+    images: int,
+    halving: int = 0,
+    eligible: Eligible | None = None,
 ) -> Hunt:
     """Search greedily; the same scores give the same result, and of equal scores the earlier candidate's wins.
 
@@ -76,6 +88,7 @@ def hunt(
         rounds, heads_per_round: how often how many heads are added; the search ends early when no candidate is left.
         images: how many a final score is over.
         halving: below 2, every candidate is tried on all images; else see `rungs`.
+        eligible: heads that may join; None: all. A round takes fewer than ``k`` where fewer may, and the search ends where none may.
 
     Raises:
         ValueError: for settings that leave nothing to search, or a score that is not a number.
@@ -101,15 +114,21 @@ def hunt(
         keep = min(heads_per_round, len(left))
         scores: dict[Head, float] = {}
         seen: dict[Head, int] = {}
-        ranked = left
+        ranked, able = left, set(left)
         for count, over in rungs(len(left), keep, images, halving):
             trying = set(ranked[:count])
             trying_in_order = [head for head in left if head in trying]
             now = dict(zip(trying_in_order, scored([(*chosen, head) for head in trying_in_order], over), strict=True))
             scores.update(now)
             seen.update(dict.fromkeys(now, over))
-            ranked = sorted(trying_in_order, key=lambda head: -now[head])  # stable: ties stay in order
-        best = tuple(ranked[:keep])
+            if eligible is not None:
+                may = eligible([(*chosen, head) for head in trying_in_order], over)
+                able = {head for head, yes in zip(trying_in_order, may, strict=True) if yes}
+            # Stable: ties stay in order.
+            ranked = sorted(trying_in_order, key=lambda head: (head not in able, -now[head]))
+        best = tuple(head for head in ranked[:keep] if head in able)
+        if not best:
+            break
         chosen = (*chosen, *best)
         (score,) = scored([chosen], images)
         done.append(Round(best, {head: scores[head] for head in left}, {head: seen[head] for head in left}, score))

@@ -10,8 +10,8 @@ from .detail import AttuneDetailSampler, AttuneEncodeBranches
 from .fusion import AttunePhraseFusion
 from .gate import AttuneSemanticGate
 from .headfilter import AttuneHeadFilter
-from .headhunter import AttuneHeadHunter, AttuneLoadHeads, AttunePromptList, AttuneSaveHeads
-from .heads import AttuneHeads
+from .headhunter import AttuneHeadHunter, AttunePromptList
+from .heads import AttuneHeads, AttuneLoadHeads, AttuneSaveHeads
 from .maps import AttuneAttentionMaps, AttuneSegmentation, AttuneShowMaps
 from .refine import AttuneRefineMaps
 from .regulation import AttuneRegulation

@@ -1,91 +1,28 @@
-"""HeadHunter, Save Heads and Load Heads: find the heads that matter, and share them."""
+"""HeadHunter and Prompt List: find the heads that matter."""
 
 from __future__ import annotations
 
 import logging
-import math
 import sys
-from collections.abc import Mapping, Sequence
-from pathlib import Path
+from dataclasses import fields
 from typing import Any
 
 import comfy.samplers
 import comfy.utils
-import folder_paths
 import latent_preview
 from comfy_api.latest import io
 
-from ..hunt import engine as headhunter
-from ..hunt import head_files as headsets
-from ..hunt import log as evaluations
-from ..hunt.report import image
-from ..patches.hook.attention import model_sites
+from ..hunt.engine import Engine
+from ..hunt.head_files import HeadFile
+from ..hunt.log import Log, log_path
+from ..hunt.prompts import prompt_in_graph, texts_of
+from ..hunt.report import image, report, story, time_left
+from ..hunt.search import search
+from ..hunt.settings import CUSTOM, PRESETS, Plan, Settings
 from ..server import layouts
 from .base import AttuneNode
 from .heads import AttuneHeadsType
 from .scorers import AttuneScorerType
-
-NONE = "(none yet)"
-TEXT_INPUTS = ("text", "prompt", "t5xxl", "clip_l", "value", "string")
-THROUGH = ("positive", "conditioning", "conditioning_1", "conditioning_to", "text", "prompt", "value", "string")
-
-
-def log_path(name: str) -> Path:
-    """Where a search keeps its evaluations.
-
-    Raises:
-        ValueError: for a name that cannot be a file's.
-    """
-    return Path(folder_paths.get_user_directory()) / "attune" / "headhunter" / f"{evaluations.file_name(name)}.sqlite"
-
-
-def prompt_in_graph(graph: Mapping[str, Any] | None, node: str | None) -> str | None:
-    """The prompt behind HeadHunter's positive input, as far as it is written in a node and not made by one."""
-    found: Any = (graph or {}).get(str(node), {}).get("inputs", {}).get("positive")
-    for _ in range(100):
-        if not isinstance(found, list) or not found or str(found[0]) not in (graph or {}):
-            return None
-        inputs = (graph or {})[str(found[0])].get("inputs", {})
-        for name in TEXT_INPUTS:
-            if isinstance(inputs.get(name), str):
-                return inputs[name]
-        found = next((inputs[name] for name in THROUGH if isinstance(inputs.get(name), list)), None)
-    return None
-
-
-def texts_of(objective: str, prompts: Sequence[str], conditionings: int) -> list[str]:
-    """What pictures are compared with: the lines of the objective, or the prompts where it is empty.
-
-    Raises:
-        ValueError: when there is neither, or not one for each conditioning.
-    """
-    lines = [line.strip() for line in objective.splitlines() if line.strip()]
-    found = lines or list(prompts)
-    if not found:
-        raise ValueError(
-            "HeadHunter: the prompts cannot be read from the graph; write the objective (a line for all, or one for each "
-            "conditioning), or connect the prompts."
-        )
-    if len(found) not in (1, conditionings):
-        raise ValueError(
-            f"HeadHunter: there are {conditionings} conditionings and {len(found)} {'lines of the objective' if lines else 'prompts'}; "
-            "give one, or one for each."
-        )
-    return found
-
-
-def time_left(seconds: float) -> str:
-    """``3 h 20 min left``, or nothing where it is not known yet."""
-    if not math.isfinite(seconds):
-        return ""
-    minutes = round(seconds / 60)
-    return (
-        f", {minutes // 60} h {minutes % 60} min left"
-        if minutes >= 60
-        else f", {minutes} min left"
-        if minutes
-        else ", a moment left"
-    )
 
 
 class _Show:
@@ -231,113 +168,42 @@ class AttuneHeadHunter(AttuneNode):
         written = prompt_in_graph(cls.hidden.prompt, cls.hidden.unique_id) if cls.hidden is not None else None
         prompts = [p for p in inputs.get("prompts") or [] if p.strip()] or ([written] if written else [])
         objective = given.get("objective", "")
-        settings = headhunter.Settings(
-            given["seed"],
-            given["steps"],
-            given["cfg"],
-            given["sampler_name"],
-            given["scheduler"],
-            given["scale"],
-            given["perturbation"],
-            given.get("start_percent", 0.0),
+        settings = Settings(**{f.name: given[f.name] for f in fields(Settings) if f.name in given})
+        plan = Plan(
+            **{"rounds": given["rounds"], "heads_per_round": given["heads_per_round"], "images": given["images_per_candidate"]}
+            | PRESETS[given.get("preset", CUSTOM)],
+            halving=given.get("halving", Plan.halving),
+            ranking=given.get("ranking", Plan.ranking),
+            thresholds=(given.get("threshold_2", 0.0), given.get("threshold_3", 0.0)),
         )
         path = log_path(given["name"])
-        texts = texts_of(objective, prompts, len(positives))
-        engine = headhunter.Engine(
-            given["model"], given["vae"], positives, given["negative"], given["latent_image"], given["scorer"], texts, settings
+        engine = Engine(
+            given["model"],
+            vae=given["vae"],
+            positives=positives,
+            negative=given["negative"],
+            latent=given["latent_image"],
+            scorers=[given[name] for name in ("scorer", "scorer_2", "scorer_3") if given.get(name) is not None],
+            texts=texts_of(objective, prompts, len(positives)),
+            settings=settings,
         )
         show = _Show(given["model"], cls.hidden.unique_id if cls.hidden is not None else None)
         engine.callback = show.step
-        log = evaluations.Log(path)
+        log = Log(path)
         try:
-            found = headhunter.search(
+            found = search(
                 engine,
-                log.search(*engine.identity()),
-                given.get("candidates"),
-                given["rounds"],
-                given["heads_per_round"],
-                given["images_per_candidate"],
-                given.get("halving", 0),
+                log.evaluations(engine.identities()),
+                plan,
+                candidates=given.get("candidates"),
                 progress=show.progress,
             )
         finally:
             log.close()
         about = objective.strip() or "the prompts"
-        told = headsets.HeadFile(found.heads.family, found.heads.chosen, headhunter.story(engine, found, about))
-        report = f"{headhunter.report(engine, found, f'objective: {about}')}\nlog: {path}"
+        told = HeadFile(found.heads.family, found.heads.chosen, story(engine, found, about))
         heat = layouts.scores(told.about["heatmap"], f"HeadHunter, {given['name']}")
-        return io.NodeOutput(told, image(engine, found), report, ui=heat)
-
-
-class AttuneSaveHeads(AttuneNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="AttuneSaveHeads",
-            display_name="Save Heads",
-            category="Attune",
-            description="Writes a head set as a small file in ComfyUI's user folder (attune/heads), with the model that it is for, and where it "
-            "comes from. Share the file; Load Heads reads it.",
-            is_output_node=True,
-            inputs=[
-                io.Model.Input("model", tooltip="The model that the heads are for."),
-                AttuneHeadsType.Input("heads", tooltip="From HeadHunter or Select Heads."),
-                io.String.Input(
-                    "name", default="my heads", tooltip="The file's name. A head set of the same name is replaced."
-                ),
-            ],
-            outputs=[
-                AttuneHeadsType.Output(display_name="heads", tooltip="The same heads."),
-                io.String.Output(display_name="path", tooltip="The file."),
-            ],
-        )
-
-    @classmethod
-    def execute(cls, model, heads, name) -> io.NodeOutput:
-        family, sites = model_sites(model)
-        return io.NodeOutput(heads, str(headsets.save(heads, sites, family, name)))
-
-
-class AttuneLoadHeads(AttuneNode):
-    @classmethod
-    def define_schema(cls) -> io.Schema:
-        return io.Schema(
-            node_id="AttuneLoadHeads",
-            display_name="Load Heads",
-            category="Attune",
-            description="Reads a head set that Save Heads wrote, that somebody shared, or that comes with the pack. It must be for this kind of "
-            "model.",
-            inputs=[
-                io.Model.Input("model", tooltip="The model to use the heads on; a set for another kind of model is refused."),
-                io.Combo.Input(
-                    "name",
-                    options=headsets.names() or [NONE],
-                    tooltip="The files in attune/heads in ComfyUI's user folder, and the pack's presets. Press R after adding one.",
-                ),
-            ],
-            outputs=[
-                AttuneHeadsType.Output(display_name="heads", tooltip="For SoftPAG, or as HeadHunter's candidates."),
-                io.String.Output(display_name="summary", tooltip="What it is and where it comes from."),
-            ],
-        )
-
-    @classmethod
-    def fingerprint_inputs(cls, model, name) -> str:
-        try:
-            path = headsets.find(name)
-            return f"{path} {path.stat().st_mtime_ns}"
-        except ValueError:
-            return ""
-
-    @classmethod
-    def execute(cls, model, name) -> io.NodeOutput:
-        family, sites = model_sites(model)
-        told = headsets.load(name, sites, family)
-        lines = [f"{name}: {len(told)} heads: {told.text}"]
-        told_of = ("objective", "scorer", "scores", "images", "prompts", "settings", "pack")
-        lines += [f"{key}: {told.about[key]}" for key in told_of if key in told.about]
-        heat = layouts.scores(told.about["heatmap"], name) if "heatmap" in told.about else None
-        return io.NodeOutput(told, "\n".join(lines), ui=heat)
+        return io.NodeOutput(told, image(engine, found), f"{report(engine, found, about)}\nlog: {path}", ui=heat)
 
 
 class AttunePromptList(AttuneNode):

@@ -1,15 +1,17 @@
-"""Select Heads: name attention heads of a model."""
+"""Select Heads, Save Heads and Load Heads: name attention heads of a model, and share them."""
 
 from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..hunt import head_files
 from ..patches.hook.attention import model_sites
 from ..patches.hook.sites import select
 from ..server import layouts
 from .base import AttuneNode
 
 AttuneHeadsType = io.Custom("ATTUNE_HEADS")
+NONE = "(none yet)"
 
 
 class AttuneHeads(AttuneNode):
@@ -45,3 +47,74 @@ class AttuneHeads(AttuneNode):
         total = sum(site.heads for site in sites)
         summary = f"{len(heads)} of {total} heads in {len(heads.chosen)} of {len(sites)} layers: {heads.text}"
         return io.NodeOutput(heads, summary, ui=layouts.shown(sites, family, heads))
+
+
+class AttuneSaveHeads(AttuneNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AttuneSaveHeads",
+            display_name="Save Heads",
+            category="Attune",
+            description="Writes a head set as a small file in ComfyUI's user folder (attune/heads), with the model that it is for, and where it "
+            "comes from. Share the file; Load Heads reads it.",
+            is_output_node=True,
+            inputs=[
+                io.Model.Input("model", tooltip="The model that the heads are for."),
+                AttuneHeadsType.Input("heads", tooltip="From HeadHunter or Select Heads."),
+                io.String.Input(
+                    "name", default="my heads", tooltip="The file's name. A head set of the same name is replaced."
+                ),
+            ],
+            outputs=[
+                AttuneHeadsType.Output(display_name="heads", tooltip="The same heads."),
+                io.String.Output(display_name="path", tooltip="The file."),
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, heads, name) -> io.NodeOutput:
+        family, sites = model_sites(model)
+        return io.NodeOutput(heads, str(head_files.save(heads, sites, family, name)))
+
+
+class AttuneLoadHeads(AttuneNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AttuneLoadHeads",
+            display_name="Load Heads",
+            category="Attune",
+            description="Reads a head set that Save Heads wrote, that somebody shared, or that comes with the pack. It must be for this kind of "
+            "model.",
+            inputs=[
+                io.Model.Input("model", tooltip="The model to use the heads on; a set for another kind of model is refused."),
+                io.Combo.Input(
+                    "name",
+                    options=head_files.names() or [NONE],
+                    tooltip="The files in attune/heads in ComfyUI's user folder, and the pack's presets. Press R after adding one.",
+                ),
+            ],
+            outputs=[
+                AttuneHeadsType.Output(display_name="heads", tooltip="For SoftPAG, or as HeadHunter's candidates."),
+                io.String.Output(display_name="summary", tooltip="What it is and where it comes from."),
+            ],
+        )
+
+    @classmethod
+    def fingerprint_inputs(cls, model, name) -> str:
+        try:
+            path = head_files.find(name)
+            return f"{path} {path.stat().st_mtime_ns}"
+        except ValueError:
+            return ""
+
+    @classmethod
+    def execute(cls, model, name) -> io.NodeOutput:
+        family, sites = model_sites(model)
+        told = head_files.load(name, sites, family)
+        lines = [f"{name}: {len(told)} heads: {told.text}"]
+        told_of = ("objective", "scorer", "scores", "images", "prompts", "settings", "pack")
+        lines += [f"{key}: {told.about[key]}" for key in told_of if key in told.about]
+        heat = layouts.scores(told.about["heatmap"], name) if "heatmap" in told.about else None
+        return io.NodeOutput(told, "\n".join(lines), ui=heat)

@@ -7,11 +7,22 @@ from dataclasses import dataclass
 from typing import Any
 
 import comfy.samplers
+import torch
 from torch import Tensor
 
-from ..methods import softpag as maths
+from ..methods.softpag import guide, soften
 from .hook import prefix_cache
-from .hook.attention import AttentionCall, ExtraForward, ModelPatcher, Request, Span, install, model_sites, with_extra_forward
+from .hook.attention import (
+    ALL,
+    AttentionCall,
+    ExtraForward,
+    ModelPatcher,
+    Request,
+    Span,
+    install,
+    model_sites,
+    with_extra_forward,
+)
 from .hook.sites import Heads, Site, check, select
 
 
@@ -34,38 +45,101 @@ def default_heads(family: str, sites: tuple[Site, ...]) -> Heads:
     return select(first[min(len(first) // 2 + 1, len(first) - 1)].name, sites, family)
 
 
-def _request(perturbation: Perturbation, sites: Mapping[str, Site], chunk: int) -> Request:
-    def act(call: AttentionCall, out: Tensor, value: Tensor) -> Tensor:
-        return maths.soften(out, value, perturbation.u)
+def recording(
+    model_options: Mapping[str, Any], span: Span, perturbations: Sequence[Perturbation], sites: tuple[Site, ...]
+) -> dict[str, Any]:
+    """A copy of a sampler's model options under which the conditional pass remembers what `perturbed_rows` need not compute again."""
+    transformer = dict(model_options.get("transformer_options", {}))
+    blocks = dict.fromkeys(_first(p, sites).block for p in perturbations)
+    known = transformer.get(prefix_cache.PREFIXES, ())
+    transformer[prefix_cache.PREFIXES] = (*known, *((span, block) for block in blocks))
+    return {**model_options, "transformer_options": transformer}
 
-    return Request(
-        "blend",
-        {(name, sites[name].kind): heads for name, heads in perturbation.heads.items()},
-        act,
-        rows=chunk,
-        ignores_output=perturbation.u == 1,
-    )
+
+def perturbed_rows(
+    model: Any,
+    cond: list[dict[str, Any]],
+    x: Tensor,
+    sigma: Tensor,
+    model_options: dict[str, Any],
+    perturbations: Sequence[Perturbation],
+    sites: tuple[Site, ...],
+    recorded: tuple[int, ...],
+) -> Tensor:
+    """The conditional prediction of rows that are perturbed each in its own way, in as few forwards as there are first blocks.
+
+    Args:
+        cond: conditionings as samplers have them, for a whole number of repetitions.
+        x: inputs ``[perturbations · pictures, c, H, W]``, perturbation by perturbation, with their noise levels ``sigma``.
+        recorded: the row of the conditional pass that each row begins as (see `recording`).
+
+    Returns:
+        denoised predictions, of the shape of ``x``.
+    """
+    pictures = len(x) // len(perturbations)
+    together: dict[tuple[str, int], list[int]] = {}
+    for number, perturbation in enumerate(perturbations):
+        together.setdefault(_first(perturbation, sites).block, []).append(number)
+    out = torch.empty_like(x)
+    for block, members in together.items():
+        where = [number * pictures + j for number in members for j in range(pictures)]
+        requests = _requests([perturbations[number] for number in members], pictures, {site.name: site for site in sites})
+        source = tuple(recorded[row] for row in where)
+        same = None if source == tuple(range(len(x))) else source  # spares a wait for the device
+        options = with_extra_forward(model_options, ExtraForward(requests, block, same))
+        (denoised,) = comfy.samplers.calc_cond_batch(model, [cond], x[where], sigma[where], options)
+        out[where] = denoised
+    return out
 
 
 def perturbed_predictions(
     args: Mapping[str, Any], perturbations: Sequence[Perturbation], sites: tuple[Site, ...]
 ) -> list[Tensor]:
-    """The conditional prediction under each of several perturbations, in as few forwards as memory allows.
+    """The conditional prediction of the same pictures under each of several perturbations.
 
     Args:
         args: what ComfyUI hands to a post-CFG function (``model``, ``cond``, ``input``, ``sigma``, ``model_options``).
-        perturbations: one prediction each; they run as rows of one batch, every row with its own heads.
+        perturbations: one prediction each; those with the same first block run as rows of one batch.
         sites: the model's sites.
 
     Returns:
         denoised predictions, each of the shape of ``args["input"]``.
     """
-    by_name = {site.name: site for site in sites}
-    first = min((by_name[name] for p in perturbations for name in p.heads), key=lambda s: s.layer)
-    requests = tuple(_request(p, by_name, i) for i, p in enumerate(perturbations))
-    options = with_extra_forward(args["model_options"], ExtraForward(requests, first.block))
-    conds = [args["cond"]] * len(perturbations)
-    return comfy.samplers.calc_cond_batch(args["model"], conds, args["input"], args["sigma"], options)
+    x, count = args["input"], len(perturbations)
+    found = perturbed_rows(
+        model=args["model"],
+        cond=args["cond"],
+        x=x.repeat(count, *[1] * (x.ndim - 1)),
+        sigma=args["sigma"].repeat(count),
+        model_options=args["model_options"],
+        perturbations=perturbations,
+        sites=sites,
+        recorded=tuple(range(len(x))) * count,
+    )
+    return list(found.split(len(x)))
+
+
+def _first(perturbation: Perturbation, sites: tuple[Site, ...]) -> Site:
+    """The first perturbed site."""
+    return next(site for site in sites if site.name in perturbation.heads)
+
+
+def _requests(perturbations: Sequence[Perturbation], pictures: int, sites: Mapping[str, Site]) -> tuple[Request, ...]:
+    """Every perturbation's heads for its own rows; those that do the same to the same heads of a site share a request."""
+    rows: dict[tuple[str, tuple[int, ...], Any], list[int]] = {}
+    for number, perturbation in enumerate(perturbations):
+        own = range(number * pictures, (number + 1) * pictures)
+        for name, heads in perturbation.heads.items():
+            rows.setdefault((name, heads, perturbation.u), []).extend(own)
+
+    def request(name: str, heads: tuple[int, ...], u: float, rows: tuple[int, ...] | str) -> Request:
+        def act(call: AttentionCall, out: Tensor, value: Tensor) -> Tensor:
+            return soften(out, value, u)
+
+        return Request("blend", {(name, sites[name].kind): heads}, act, rows=rows, ignores_output=u == 1)
+
+    total = len(perturbations) * pictures
+    return tuple(request(*what, tuple(of) if len(of) < total else ALL) for what, of in rows.items())
 
 
 def apply(
@@ -90,15 +164,13 @@ def apply(
         return patched
     install(patched)
     one = Perturbation(chosen, perturbation)
-    first = next(s for s in sites if s.name in chosen)
-    options = patched.model_options.setdefault("transformer_options", {})
-    options[prefix_cache.PREFIXES] = (*options.get(prefix_cache.PREFIXES, ()), (span, first.block))
+    patched.model_options = recording(patched.model_options, span, (one,), sites)
 
     def guidance(args: dict[str, Any]) -> Tensor:
         if not span.holds(args["sigma"], args["model"].model_sampling):
             return args["denoised"]
         (perturbed,) = perturbed_predictions(args, (one,), sites)
-        return maths.guide(args["denoised"], args["cond_denoised"], perturbed, scale, rescale)
+        return guide(args["denoised"], args["cond_denoised"], perturbed, scale, rescale)
 
     patched.set_model_sampler_post_cfg_function(guidance)
     return patched

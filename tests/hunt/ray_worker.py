@@ -5,13 +5,13 @@ import signal
 import time
 from pathlib import Path
 
-from attune.hunt import command as hunt
+from attune.hunt.command import engine_of
 
 DEAD = "died"
 
 
 def engine(config):
-    made = hunt.engine(config)
+    made = engine_of(config)
     evaluate = made.evaluate
     diary = Path(os.environ["ATTUNE_TEST_DIARY"])
 

@@ -18,12 +18,16 @@ import torch
 from PIL import Image
 from torch.utils.flop_counter import FlopCounterMode
 
-from attune.hunt import command as hunt
-from attune.hunt import engine as headhunter
-from attune.hunt import head_files as headsets
-from attune.hunt import log as evaluations
+from attune.hunt import command, head_files
+from attune.hunt.engine import Engine
+from attune.hunt.files import file_name
+from attune.hunt.log import Log
+from attune.hunt.prompts import prompt_in_graph, texts_of
+from attune.hunt.search import search
+from attune.hunt.settings import Plan, Settings
 from attune.methods import headhunter as maths
-from attune.nodes.headhunter import AttuneHeadHunter, AttuneLoadHeads, AttuneSaveHeads, prompt_in_graph, texts_of
+from attune.nodes.headhunter import AttuneHeadHunter
+from attune.nodes.heads import AttuneLoadHeads, AttuneSaveHeads
 from attune.patches import softpag
 from attune.patches.hook import prefix_cache
 from attune.patches.hook.attention import model_sites
@@ -65,15 +69,15 @@ class Contrast(Scorer):
 def engine_of(name, settings=None, rows=0, positives=None, size=(8, 8), texts=None, scorer=None, latent=None, model=None):
     model = model or families.shared(name)
     positives = positives or [families.text(1), families.text(3)]
-    return headhunter.Engine(
+    return Engine(
         model,
         Vae(),
         positives,
         families.text(2),
         latent or {"samples": families.latent(model, *size)},
-        scorer or Contrast(),
+        [scorer or Contrast()],
         texts or ["text"],
-        settings or headhunter.Settings(steps=3, cfg=3.0, scale=2.0),
+        settings or Settings(steps=3, cfg=3.0, scale=2.0),
         rows,
     )
 
@@ -112,7 +116,7 @@ SETS = {
 @pytest.mark.parametrize("name", families.NAMES)
 @pytest.mark.parametrize(("cfg", "u", "start"), [(3.0, 1.0, 0.0), (1.0, 0.6, 0.3)])
 def test_a_batched_candidate_is_softpag_alone(name, cfg, u, start):
-    settings = headhunter.Settings(7, 4, cfg, "euler", "simple", 2.0, u, start)
+    settings = Settings(7, 4, cfg, "euler", "simple", 2.0, u, start)
     engine = engine_of(name, settings, size=(8, 12))
     images = (0, 1, 2)
     together = engine.latents(SETS[name], images).unflatten(0, (-1, len(images)))
@@ -126,7 +130,7 @@ def test_a_batched_candidate_is_softpag_alone(name, cfg, u, start):
     "sampler", ["euler_ancestral", "dpmpp_2m_sde", "dpmpp_2m", "heun", "uni_pc", "lms", "er_sde", "res_multistep", "ddim"]
 )
 def test_samplers(sampler):
-    settings = headhunter.Settings(3, 5, 2.0, sampler, "simple", 2.0, 0.7, 0.35)
+    settings = Settings(3, 5, 2.0, sampler, "simple", 2.0, 0.7, 0.35)
     engine = engine_of("sd15", settings)
     together = engine.latents(SETS["sd15"], (0, 1)).unflatten(0, (-1, 2))
     for c, j in ((1, 0), (3, 1), (4, 0)):
@@ -190,7 +194,7 @@ class Work:
 
 def test_rows_are_computed_once_where_they_are_alike():
     """Four candidates, two pictures, six steps of which the first three are plain, cfg on."""
-    settings = headhunter.Settings(0, 6, 3.0, "euler", "simple", 2.0, 1.0, 0.45)
+    settings = Settings(0, 6, 3.0, "euler", "simple", 2.0, 1.0, 0.45)
     engine = engine_of("sd15", settings)
     sets = [(("middle.0.0", h),) for h in range(3)] + [(("output.3.0", 0),)]
     sampling = engine.given.get_model_object("model_sampling")
@@ -210,7 +214,7 @@ def test_rows_are_computed_once_where_they_are_alike():
 
 
 def test_flops_and_forwards_against_one_by_one():
-    settings = headhunter.Settings(0, 4, 3.0, "euler", "simple", 2.0, 1.0, 0.5)
+    settings = Settings(0, 4, 3.0, "euler", "simple", 2.0, 1.0, 0.5)
     engine = engine_of("sd15", settings)
     sets = [((s.name, h),) for s in engine.sites for h in (1,)]
     with FlopCounterMode(display=False) as ours, Work(engine.given) as together:
@@ -253,7 +257,7 @@ def test_settings_that_cannot_work_are_refused():
         ({"start_percent": 1.0}, "start_percent"),
     ):
         with pytest.raises(ValueError, match=words):
-            engine_of("sd15", headhunter.Settings(**change))
+            engine_of("sd15", Settings(**change))
     with pytest.raises(ValueError, match="2 conditionings and 3 texts"):
         engine_of("sd15", texts=["a", "b", "c"])
 
@@ -262,15 +266,15 @@ def test_settings_that_cannot_work_are_refused():
 
 
 def hunted(path, engine, rounds=2, k=1, images=4, halving=0, candidates="input.3.0 middle.0.0", **more):
-    log = evaluations.Log(path)
+    log = Log(path)
     heads = select(candidates, engine.sites, engine.family)
     try:
-        return headhunter.search(engine, log.search(*engine.identity()), heads, rounds, k, images, halving, **more)
+        return search(engine, log.evaluations(engine.identities()), Plan(rounds, k, images, halving), heads, **more)
     finally:
         log.close()
 
 
-QUICK = headhunter.Settings(steps=2, cfg=1.0, scale=2.0)
+QUICK = Settings(steps=2, cfg=1.0, scale=2.0)
 
 
 def everything(path):
@@ -421,7 +425,7 @@ def test_a_log_that_is_none_and_scores_that_are_none(tmp_path):
     path = tmp_path / "log.sqlite"
     path.write_text("this is no database, but long enough to be taken for one" * 20)
     with pytest.raises(ValueError, match="not a log"):
-        evaluations.Log(path)
+        Log(path)
 
     class Broken(Contrast):
         def scores(self, images, texts):
@@ -431,12 +435,12 @@ def test_a_log_that_is_none_and_scores_that_are_none(tmp_path):
         hunted(tmp_path / "nan.sqlite", engine_of("sd15", QUICK, scorer=Broken()))
     for name in ("", "../x", "a/b", ".hidden", "C:x", "a" * 200):
         with pytest.raises(ValueError, match="file's name"):
-            evaluations.file_name(name)
+            file_name(name)
     with pytest.raises(ValueError, match="at least as many"):
         hunted(tmp_path / "few.sqlite", engine_of("sd15", QUICK), images=1)
     with pytest.raises(ValueError, match="another model"):
         other = select("joint.1", *model_sites(families.shared("sd3"))[::-1])
-        headhunter.search(engine_of("sd15", QUICK), None, other, 1, 1, 4)
+        search(engine_of("sd15", QUICK), None, Plan(1, 1, 4), other)
 
 
 # --- head sets, nodes, the command --------------------------------------------------------------------------------------------
@@ -451,12 +455,12 @@ def user(tmp_path, monkeypatch):
 
 def test_head_sets_as_files(user):
     family, sites = model_sites(families.shared("sd15"))
-    heads = headsets.HeadFile(family, select("middle.0.0:1 output.1.0:2,3", sites, family).chosen, {"objective": "crisp"})
-    path = headsets.save(heads, sites, family, "my set")
+    heads = head_files.HeadFile(family, select("middle.0.0:1 output.1.0:2,3", sites, family).chosen, {"objective": "crisp"})
+    path = head_files.save(heads, sites, family, "my set")
     assert path == user / "attune" / "heads" / "my set.json"
     data = json.loads(path.read_text())
-    assert data["family"] == "unet" and data["heads"] == heads.text and data["pack"] == headsets.pack_version()
-    back = headsets.load("my set", sites, family)
+    assert data["family"] == "unet" and data["heads"] == heads.text and data["pack"] == head_files.pack_version()
+    back = head_files.load("my set", sites, family)
     assert back == heads and back.about["objective"] == "crisp"
     for heatmap in (
         [1],
@@ -466,33 +470,33 @@ def test_head_sets_as_files(user):
         {"middle.0.0": ["a"] * sites[0].heads},
     ):
         path.write_text(json.dumps({**data, "heatmap": heatmap}))
-        assert "heatmap" not in headsets.load("my set", sites, family).about
-    assert "my set" in headsets.names()
+        assert "heatmap" not in head_files.load("my set", sites, family).about
+    assert "my set" in head_files.names()
     for name in ("sdxl", "flux"):  # SDXL is a UNet as well, and has a middle.0.0
         other, others = model_sites(families.shared(name))
         with pytest.raises(ValueError, match="for another model"):
-            headsets.load("my set", others, other)
+            head_files.load("my set", others, other)
         with pytest.raises(ValueError, match="another model"):
-            headsets.save(heads, others, other, "my set") if name == "flux" else headsets.load("my set", others, other)
+            head_files.save(heads, others, other, "my set") if name == "flux" else head_files.load("my set", others, other)
     with pytest.raises(ValueError, match=r"There are: .*my set"):
-        headsets.load("nothing", sites, family)
+        head_files.load("nothing", sites, family)
     with pytest.raises(ValueError, match="file's name"):
-        headsets.load("../my set", sites, family)
+        head_files.load("../my set", sites, family)
     for text in ("no json", "[]", '{"heads": 3}'):
         path.write_text(text)
         with pytest.raises(ValueError, match="not a head set"):
-            headsets.load("my set", sites, family)
+            head_files.load("my set", sites, family)
     path.write_text(json.dumps({**data, "attune heads": 99}))
     with pytest.raises(ValueError, match="another version"):
-        headsets.load("my set", sites, family)
+        head_files.load("my set", sites, family)
 
 
 def test_presets_fit_the_bundled_model(user):
     from attune.demo import model
 
     family, sites = model_sites(model.load()[0])
-    for path in headsets.PRESETS.glob("*.json"):
-        told = headsets.load(path.stem, sites, family)
+    for path in head_files.PRESETS.glob("*.json"):
+        told = head_files.load(path.stem, sites, family)
         assert len(told) and told.about["scores"]["rounds"]
 
 
@@ -590,14 +594,14 @@ CONFIG = {
 def test_the_command(user, tmp_path, capsys):
     config = tmp_path / "config.json"
     config.write_text(json.dumps(CONFIG))
-    assert hunt.main([str(config), "--output", str(tmp_path / "out")]) == 0
+    assert command.main([str(config), "--output", str(tmp_path / "out")]) == 0
     data = json.loads((tmp_path / "out" / "demo.json").read_text())
     assert data["settings"]["steps"] == 2 and data["heads"].startswith("middle.0.0:")
     assert (tmp_path / "out" / "demo.png").is_file() and data["heads"] in capsys.readouterr().out
     toml = "\n".join(f"{k} = {json.dumps(v)}" for k, v in CONFIG.items())
     (tmp_path / "config.toml").write_text(toml)
     if sys.version_info >= (3, 11):
-        assert hunt.read(tmp_path / "config.toml") == hunt.read(config)
+        assert command.read(tmp_path / "config.toml") == command.read(config)
     for change, words in (
         ({"round": 2}, "“round”, which is not known"),
         ({"prompts": []}, "no prompts"),
@@ -605,7 +609,7 @@ def test_the_command(user, tmp_path, capsys):
         ({"model": "none.safetensors"}, "there is no “none.safetensors”"),
     ):
         config.write_text(json.dumps({**CONFIG, **change}))
-        assert hunt.main([str(config), "--output", str(tmp_path / "out")]) == 1
+        assert command.main([str(config), "--output", str(tmp_path / "out")]) == 1
         assert words in capsys.readouterr().err
 
 
@@ -622,7 +626,7 @@ def test_a_ray_cluster_that_loses_and_gains_workers(tmp_path, monkeypatch):
     monkeypatch.setenv("ATTUNE_TEST_DIARY", str(diary))
     monkeypatch.setenv("RAY_worker_niceness", "0")
     config = {**CONFIG, "candidates": "middle.0.0 output.0.0", "images_per_candidate": 4, "rows": 4}
-    here = hunt.run(config, log_at=tmp_path / "here.sqlite")[1]
+    here = command.run(config, log_at=tmp_path / "here.sqlite")[1]
     machines = Machines(initialize_head=True, head_node_args={"num_cpus": 1, "include_dashboard": False})
     joined = []
 
@@ -632,8 +636,8 @@ def test_a_ray_cluster_that_loses_and_gains_workers(tmp_path, monkeypatch):
 
     try:
         ray.init(machines.address, log_to_driver=False, configure_logging=False)
-        monkeypatch.setattr(hunt, "BUILDER", "attune.tests.hunt.ray_worker:engine")
-        there = hunt.run({**config, "ray": {"address": "auto", "cpus": 1, "gpus": 0}}, join, tmp_path / "there.sqlite")[1]
+        monkeypatch.setattr(command, "BUILDER", "attune.tests.hunt.ray_worker:engine")
+        there = command.run({**config, "ray": {"address": "auto", "cpus": 1, "gpus": 0}}, join, tmp_path / "there.sqlite")[1]
     finally:
         ray.shutdown()
         machines.shutdown()

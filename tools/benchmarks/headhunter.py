@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,13 +22,13 @@ import comfy.sample
 import torch
 
 from ...demo import world
-from ...hunt import command as hunt
-from ...hunt import engine as headhunter
-from ...hunt import head_files as headsets
-from ...hunt import log as evaluations
-from ...hunt.engine import Engine, HeadSet
-from ...hunt.report import sheet
-from ...methods import headhunter as maths
+from ...hunt import head_files
+from ...hunt.batches import HeadSet, joined
+from ...hunt.command import engine_of, filled, run
+from ...hunt.engine import Engine
+from ...hunt.log import Evaluations, Log
+from ...hunt.report import report, sheet, story, time_left
+from ...methods.headhunter import evaluations
 from ...patches import softpag
 
 LIMIT = 0.6
@@ -44,7 +45,7 @@ def one_by_one(engine: Engine, sets: Sequence[HeadSet], images: Sequence[int], b
         for part in [images] if batch else [[i] for i in images]:
             image = engine.latent[:1].repeat(len(part), 1, 1, 1)
             noise = torch.cat([comfy.sample.prepare_noise(engine.latent[:1], s.seed + i) for i in part])
-            positive = headhunter._joined([engine.positives[i % len(engine.positives)] for i in part])
+            positive = joined([engine.positives[i % len(engine.positives)] for i in part])
             comfy.sample.sample(
                 patched,
                 noise,
@@ -63,8 +64,8 @@ def one_by_one(engine: Engine, sets: Sequence[HeadSet], images: Sequence[int], b
 def cost(args: argparse.Namespace) -> float:
     """Print the table of times; returns seconds per candidate's picture in batches, with everything."""
     captions = world.prompts("tune", args.cost_images, args.things)
-    config = hunt.filled(_config(args, [c.text for c in captions]))
-    engines = {start: hunt.engine({**config, "start_percent": start}) for start in (0.0, 0.2)}
+    config = filled(_config(args, [c.text for c in captions]))
+    engines = {start: engine_of({**config, "start_percent": start}) for start in (0.0, 0.2)}
     engine = engines[0.0]
     every = [(s.name, h) for s in engine.sites for h in range(s.heads)]
     sets: list[HeadSet] = [(head,) for head in every[:: max(1, len(every) // args.cost_heads)]]
@@ -87,10 +88,10 @@ def cost(args: argparse.Namespace) -> float:
     }
     times: dict[str, list[float]] = {name: [] for name in runs}
     for turn in range(args.repeat + 1):  # interleaved; the first warms up
-        for name, run in runs.items():
+        for name, timed in runs.items():
             began = time.perf_counter()
             with torch.inference_mode():
-                run()
+                timed()
             if turn:
                 times[name].append(time.perf_counter() - began)
         print(f"round {turn} of {args.repeat}", file=sys.stderr, flush=True)
@@ -126,12 +127,12 @@ def _config(args: argparse.Namespace, prompts: list[str]) -> dict[str, Any]:
     }
 
 
-def _scores(engine: Engine, log: evaluations.Search, sets: Sequence[HeadSet], count: int) -> list[list[float]]:
+def _scores(engine: Engine, log: Evaluations, sets: Sequence[HeadSet], count: int) -> list[list[float]]:
     """Every set's scores on the first pictures, from the log or made now."""
     for unit, numbers in engine.plan(list(dict.fromkeys(sets)), range(count)):
         missing = tuple(h for h in unit if not log.has(engine.text(h), numbers))
         if missing:
-            log.add((text, i, score, None) for text, i, score, _ in engine.evaluate(missing, numbers))
+            log.add(replace(one, picture=None) for one in engine.evaluate(missing, numbers))
             print(f"{len(missing)} sets × {len(numbers)} pictures", file=sys.stderr, flush=True)
     return [log.scores(engine.text(heads), count) for heads in sets]
 
@@ -147,22 +148,22 @@ def effect(args: argparse.Namespace) -> None:
     args.log.parent.mkdir(parents=True, exist_ok=True)
 
     def told(done: int, total: int, left: float) -> None:
-        print(f"search: {done} of {total} pictures{hunt.time_left(left)}", file=sys.stderr, flush=True)
+        print(f"search: {done} of {total} pictures{time_left(left)}", file=sys.stderr, flush=True)
 
     tune = [c.text for c in world.prompts("tune", min(args.prompts, args.images), args.things)]
     config = _config(args, tune)
-    engine, found = hunt.run(config, told, args.log)
+    engine, found = run(config, told, args.log)
     about = args.objective or "the prompts"
-    print(headhunter.report(engine, found, f"objective: {about}"), flush=True)
+    print(report(engine, found, about), flush=True)
     sheet(engine, found).save(args.log.with_suffix(".png"))
     if args.preset:
-        data = headsets.HeadFile(found.heads.family, found.heads.chosen, headhunter.story(engine, found, about))
-        print(f"preset: {headsets.save(data, engine.sites, engine.family, args.preset, headsets.PRESETS)}")
-    halved = hunt.run({**config, "halving": 2}, told, args.log)[1]
+        data = head_files.HeadFile(found.heads.family, found.heads.chosen, story(engine, found, about))
+        print(f"preset: {head_files.save(data, engine.sites, engine.family, args.preset, head_files.PRESETS)}")
+    halved = run({**config, "halving": 2}, told, args.log)[1]
 
     layers: list[HeadSet] = [tuple((s.name, h) for h in range(s.heads)) for s in engine.sites]
-    log = evaluations.Log(args.log)
-    on_tune = _scores(engine, log.search(*engine.identity()), layers, args.images)
+    log = Log(args.log)
+    on_tune = _scores(engine, log.evaluations(engine.identities()), layers, args.images)
     best = max(range(len(layers)), key=lambda i: statistics.fmean(on_tune[i]))
 
     every = [(s.name, h) for s in engine.sites for h in range(s.heads)]
@@ -172,16 +173,16 @@ def effect(args: argparse.Namespace) -> None:
     quick: HeadSet = tuple(halved.hunt.heads)
 
     test = [c.text for c in world.prompts("test", args.test_prompts, args.things)]
-    held_out = hunt.engine({**config, "prompts": test, "seed": args.seed + 100_000})
+    held_out = engine_of({**config, "prompts": test, "seed": args.seed + 100_000})
     sets = [(), hunted, quick, layers[best], *chance]
-    scores = _scores(held_out, log.search(*held_out.identity()), sets, len(test))
+    scores = _scores(held_out, log.evaluations(held_out.identities()), sets, len(test))
     plain, ours, fast, layer = scores[:4]
     anything = [statistics.fmean(column) for column in zip(*scores[4:], strict=True)]
-    total = maths.evaluations(len(every), args.rounds, args.heads_per_round, args.images)
-    fewer = maths.evaluations(len(every), args.rounds, args.heads_per_round, args.images, 2)
+    total = evaluations(len(every), args.rounds, args.heads_per_round, args.images)
+    fewer = evaluations(len(every), args.rounds, args.heads_per_round, args.images, 2)
     print(
         f"\n{len(test)} held-out prompts of {args.things} things (test), {args.steps} steps, cfg {args.cfg:g}, SoftPAG {args.scale:g}, "
-        f"scorer {engine.scorer.name}; searched on {len(tune)} other prompts (tune), {args.images} pictures a candidate"
+        f"scorer {engine.scorers[0].name}; searched on {len(tune)} other prompts (tune), {args.images} pictures a candidate"
     )
     print("| variant | heads | score | against no heads | HeadHunter against it |\n|---|---|---|---|---|")
     rows = [
@@ -257,7 +258,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--test-prompts", type=int, default=200, help="held-out prompts")
     parser.add_argument("--random", type=int, default=5, help="sets of random heads")
     parser.add_argument("--preset", default="", help="also keep the found heads as a preset of the pack, under this name")
-    parser.add_argument("--log", type=Path, default=headsets.PACK / "output" / "bench_headhunter.sqlite")
+    parser.add_argument("--log", type=Path, default=head_files.PACK / "output" / "bench_headhunter.sqlite")
     parser.add_argument("--cost-heads", type=int, default=12)
     parser.add_argument("--cost-images", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=3, help="timed rounds")
