@@ -12,6 +12,7 @@ COMMANDS = {
     "train": ("tools.training.command", "train a bundled model, shapes or stickers"),
     "evaluate": ("demo.evaluate", "measure how well a model draws what its prompts say"),
     "reader": ("demo.reader", "train or check the reader of pictures that evaluate uses"),
+    "premises": ("tools.premises", "check that a bundled model shares the facts of large models that methods build on"),
     "hunt": ("hunt.command", "search for attention heads as a config file says, here or on a Ray cluster"),
     "locales": ("tools.locales", "write the English words of the nodes for the frontend, and check the other languages"),
     "bench": ("tools.benchmarks.<name>", "run one of the benchmarks, by name"),

@@ -45,11 +45,13 @@ def generate(
     steps: int = 20,
     batch: int = 25,
     after: Callable[[Tensor], Tensor] | None = None,
+    side: int = world.SIZE,
 ) -> Tensor:
-    """Pictures ``[B, 128, 128, 3]`` in [0, 1] with euler; picture ``i`` starts from the noise of seed ``seed + i``.
+    """Pictures ``[B, side, side, 3]`` in [0, 1] with euler; picture ``i`` starts from the noise of seed ``seed + i``.
 
     Args:
         after: what is done to finished latents.
+        side: of the pictures, in pixels.
     """
     out = []
     empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
@@ -57,7 +59,7 @@ def generate(
         part = texts[start : start + batch]
         conds = [clip.encode_from_tokens(clip.tokenize(t), return_pooled=True) for t in part]
         positive = [[torch.cat([c for c, _ in conds]), {"pooled_output": torch.cat([p for _, p in conds])}]]
-        latent = torch.zeros(len(part), 4, world.SIZE // 8, world.SIZE // 8)
+        latent = torch.zeros(len(part), 4, side // 8, side // 8)
         noise = torch.cat([comfy.sample.prepare_noise(latent[:1], seed + start + i) for i in range(len(part))])
         samples = comfy.sample.sample(
             patched, noise, steps, cfg, "euler", "normal", positive, empty, latent, seed=seed, disable_pbar=True

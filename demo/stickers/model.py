@@ -23,6 +23,7 @@ import torch
 from comfy.clip_model import CLIPTextModel
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
+from safetensors import safe_open
 
 WEIGHTS = Path(__file__).parent / "weights"
 PARTS = ("denoiser", "text", "autoencoder")  # a file each
@@ -135,6 +136,12 @@ def stored(part: str) -> dict[str, torch.Tensor]:
         table[numbers] = rows
         weights[TOKEN_ROWS] = table
     return {name: tensor.float() for name, tensor in weights.items()}
+
+
+def metadata(part: str) -> dict[str, str]:
+    """What the file of one of `PARTS` says of itself."""
+    with safe_open(WEIGHTS / f"{part}.safetensors", framework="pt") as file:
+        return file.metadata() or {}
 
 
 def load() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VAE]:

@@ -161,7 +161,7 @@ class Reader(nn.Module):
 
     PARTS = (1, len(NOUNS), len(COLOURS), len(ACCESSORIES), len(STYLES), 2, 1, 4, len(PLACES), len(STYLES))
 
-    def __init__(self, fine: int = 32, middle: int = 96, coarse: int = 128):
+    def __init__(self, fine: int = 32, middle: int = 64, coarse: int = 128):
         super().__init__()
         self.fine = nn.Sequential(_layer(3, fine, 4, 4), _layer(fine, fine), _layer(fine, middle, 2, 2))
         self.cells = nn.Sequential(_Residual(middle), _Residual(middle))

@@ -9,6 +9,7 @@ from PIL import Image
 
 from attune.demo.stickers import model, reader, world
 from attune.tests.helpers import DATA
+from attune.tools.training.stickers import renderer, scenery
 from attune.tools.training.stickers.styles import BRICK, FILTERS, PIXEL
 
 SAMPLES = sorted((DATA / "stickers").glob("*.jpg"))  # pictures of world.scenes("test", 5), in order
@@ -109,6 +110,62 @@ def test_pixel_art_is_flat_in_its_squares_and_lego_is_not():
         return out.reshape(128 // side, side, 128 // side, side, 3).std(axis=(1, 3)).max()
 
     assert spread("pixel-art", PIXEL) < 1e-6 < spread("lego", BRICK)
+
+
+# --- the renderer, with stand-ins for the drawings, which are fetched for training only ---------------------------------
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Scenes with a red ellipse for every thing and a green one for every piece of scenery."""
+
+    def ellipse(colour):
+        y, x = np.mgrid[-1:1:100j, -1:1:200j]
+        pixels = np.zeros((100, 200, 4), np.uint8)
+        pixels[..., :3], pixels[..., 3] = colour, 255 * (x**2 + y**2 < 1)
+        return Image.fromarray(pixels, "RGBA")
+
+    monkeypatch.setattr(renderer, "drawing", lambda *_: ellipse((220, 20, 30)))
+    monkeypatch.setattr(scenery, "icon", lambda *_: ellipse((20, 160, 60)))
+    scenery._sized.cache_clear()
+    yield renderer.render
+    scenery._sized.cache_clear()
+
+
+def test_owners_are_where_the_things_are_drawn(drawn):
+    for scene in some("train", 12, seed=3):
+        picture, owner = drawn(scene)
+        assert picture.shape == (world.SIZE, world.SIZE, 3) and picture.dtype == np.uint8
+        assert set(np.unique(owner)) == set(range(len(scene.things) + 1))
+        for i, t in enumerate(scene.things, 1):
+            y, x = np.nonzero(owner == i)
+            assert abs(x.mean() - t.x) < 3 and abs(y.mean() - t.y) < 3
+            assert abs(np.ptp(x) + 1 - t.width) < 12 and abs(np.ptp(y) + 1 - t.width / 2) < 12
+            if not t.style:
+                assert np.abs(picture[owner == i] - np.array((220, 20, 30))).mean() < 12
+
+
+def test_the_same_scene_is_the_same_picture(drawn):
+    for scene in some("train", 6, seed=4):
+        assert (drawn(scene)[0] == drawn(scene)[0]).all()
+
+
+def test_a_thing_changes_the_picture_only_around_itself(drawn):
+    scene = world.Scene((world.Thing("car", "red", "", "", 100.0, 150.0, 80.0, 0, False),), "forest", "", 7)
+    with_it, owner = drawn(scene)
+    without, _ = drawn(world.Scene((), "forest", "", 7))
+    changed = (with_it != without).any(axis=-1)
+    y, x = np.nonzero(owner == 1)
+    assert changed[owner == 1].mean() > 0.95
+    assert not changed[: y.min() - 24].any() and not changed[y.max() + 24 :].any()
+    assert not changed[:, : x.min() - 24].any() and not changed[:, x.max() + 24 :].any()
+
+
+def test_other_drawings_can_stand_in_for_some_things(drawn):
+    scene = next(s for s in some("train", 20, seed=3, things=2) if not s.things[1].style)
+    blue = Image.new("RGBA", (64, 64), (10, 20, 240, 255))
+    picture, owner = renderer.render(scene, {1: blue})
+    assert np.abs(picture[owner == 2] - np.array((10, 20, 240))).mean() < 12
 
 
 # --- the reader ------------------------------------------------------------------------------------------------------

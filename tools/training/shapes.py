@@ -112,7 +112,7 @@ class Stage:
                     flush=True,
                 )
                 said, window = self.spent, self.step
-            if self.spent - saved_at > 180:
+            if self.spent - saved_at > 90:
                 self.save()
                 saved_at = self.spent
         self.save()

@@ -21,7 +21,7 @@ WEIGHTS = model.WEIGHTS / "autoencoder.safetensors"
 
 def as_tensor(pictures: np.ndarray) -> Tensor:
     """``uint8 [B, H, W, 3]`` to ``float [B, 3, H, W]`` in [-1, 1]."""
-    batch = torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
+    batch = torch.from_numpy(np.array(pictures, order="C")).permute(0, 3, 1, 2).float().div_(127.5).sub_(1)
     return batch.contiguous(memory_format=torch.channels_last)
 
 

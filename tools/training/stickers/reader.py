@@ -104,7 +104,7 @@ def _loss(maps: Maps, things: Tensor, places: Tensor, covered: Tensor) -> dict[s
 
 def as_tensor(pictures: np.ndarray) -> Tensor:
     """``uint8 [B, H, W, 3]`` to ``float [B, 3, H, W]`` in [0, 1]."""
-    return torch.from_numpy(np.ascontiguousarray(pictures)).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(np.array(pictures, order="C")).permute(0, 3, 1, 2).float() / 255
 
 
 class Pool:

@@ -45,7 +45,7 @@ def pool(split: str) -> tuple[Tensor, list[world.Scene]]:
     for shard in dataset.shards(split):
         pictures, _ = dataset.load(split, shard)
         for part in np.array_split(pictures, 20):
-            whole = torch.from_numpy(np.ascontiguousarray(part)).permute(0, 3, 1, 2).float()
+            whole = torch.from_numpy(np.array(part, order="C")).permute(0, 3, 1, 2).float()
             small.append(F.avg_pool2d(whole, world.SIZE // THUMBNAIL).round().to(torch.uint8))
         scenes += dataset.scenes_of(split, shard)
     return torch.cat(small), scenes
@@ -131,12 +131,12 @@ def vocabulary(words: Words) -> list[int]:
     return sorted({words.START, words.END, *(n for ids in words.known.values() for n in ids)})
 
 
-def export(tower: nn.Module, words: Words, command: str) -> None:
+def export(tower: nn.Module, words: Words, command: str, found: str) -> None:
     """Write the weights as fp16 safetensors; of the token table only the rows that the grammar can say."""
     numbers, state = vocabulary(words), tower.state_dict()
     parts = {k: v.half().contiguous() for k, v in state.items() if k != model.TOKEN_ROWS}
     parts |= {"token_rows": state[model.TOKEN_ROWS][numbers].half(), "token_numbers": torch.tensor(numbers, dtype=torch.int32)}
-    save_file(parts, WEIGHTS, metadata={"data_version": world.DATA_VERSION, "command": command})
+    save_file(parts, WEIGHTS, metadata={"data_version": world.DATA_VERSION, "command": command, "bag_of_words": found})
     print(f"saved {WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.1f} MB", flush=True)
 
 
@@ -149,6 +149,7 @@ def main(argv: list[str]) -> int:
     words = Words()
     tower, picture = train(args.minutes, words)
     share, count = bag_of_words(tower, picture, words)
-    print(f"P5: a picture prefers its caption to one with details exchanged: {100 * share:.1f} % of {count}", flush=True)
-    export(tower, words, f"run.py train stickers text_encoder --minutes {args.minutes:g}")
+    found = f"a picture prefers its caption to one with details exchanged: {100 * share:.1f} % of {count}"
+    print(found, flush=True)
+    export(tower, words, f"run.py train stickers text_encoder --minutes {args.minutes:g}", found)
     return 0
