@@ -3,88 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any
 
 import comfy.samplers
 import comfy.utils
 import latent_preview
 from comfy_api.latest import io
 
-from ..language.decompose import Branch, Branches
-from ..language.words import prompt_words
-from ..patches.detail import sampler as detail
+from ..patches.detail.encode import encode
+from ..patches.detail.sampler import sample
+from ..patches.detail.session import FINISH, OPTIMIZE, Settings
 from .base import AttuneNode
 from .decompose import AttuneBranchesType
 
 
-def _occurrences(clip: Any, text: str, phrase: str) -> list[tuple[int, ...]]:
-    """Columns of every occurrence of a phrase in a prompt; none where it is not in it."""
-    try:
-        words = prompt_words(clip, text, phrase)
-    except ValueError:
-        return []
-    found = words.phrases[0]
-    size = len(found.text.split(" "))
-    members = [w.columns for w in words.words if w.columns and set(w.columns) <= set(found.columns)]
-    return [tuple(sorted(set().union(*members[i : i + size]))) for i in range(0, len(members), size)]
-
-
-def _places(
-    clip: Any, branches: Sequence[Branch], index: int, released: bool
-) -> tuple[list[detail.Place], list[tuple[int, ...]]]:
-    """Where the subjects of a branch are read, and their columns in the base.
-
-    That is the base, whose layout everyone shares; ``released``: the branch before, as in the released code. Where that prompt does not
-    have the subject (or not as many of these words), it is the branch's own.
-
-    Raises:
-        ValueError: for a subject that is not in its branch.
-    """
-    places, layout = [], []
-    for subject in branches[index].subjects:
-        own = _occurrences(clip, branches[index].text, subject.text)
-        if subject.occurrence >= len(own):
-            raise ValueError(
-                f"Encode Branches: “{subject.text}” is not in the branch “{branches[index].text}”; write it as it stands there."
-            )
-        base = _occurrences(clip, branches[0].text, subject.text)
-        in_base = base[subject.base] if subject.base is not None and subject.base < len(base) else None
-        before = _occurrences(clip, branches[index - 1].text, subject.text)
-        if in_base is not None and (index == 1 or not released):
-            places.append(detail.Place(0, in_base))
-        elif index > 1 and released and len(before) == len(own):
-            places.append(detail.Place(index - 1, before[subject.occurrence]))
-        else:
-            places.append(detail.Place(index, own[subject.occurrence]))
-        if in_base is not None:
-            layout.append(in_base)
-    return places, layout
-
-
-def encode(clip: Any, branches: Branches, released: bool = False) -> list[Any]:
-    """One conditioning per branch that knows its place (several with a schedule of hooks).
-
-    Args:
-        released: subjects are looked for where the released code does, in the branch before.
-
-    Raises:
-        ValueError: for no CLIP, a CLIP of another family, or a subject that is not in its branch.
-    """
-    if clip is None:
-        raise ValueError("Encode Branches: there is no text encoder: this checkpoint has none, so load a CLIP on its own.")
-    out = []
-    parts = list(branches.branches)
-    for index, branch in enumerate(parts):
-        places, layout = _places(clip, parts, index, released)
-        for context, options in clip.encode_from_tokens_scheduled(clip.tokenize(branch.text)):
-            name = ", ".join(subject.text for subject in branch.subjects)
-            known = detail.Branch(index, len(parts), context.shape[1], tuple(places), tuple(layout), name)
-            out.append([context, {**options, detail.BRANCH: known}])
-    return out
-
-
-class AttuneEncodeBranches(AttuneNode):
+class AttuneEncodeBranches(io.ComfyNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -169,7 +101,7 @@ class AttuneDetailSampler(AttuneNode):
                 ),
                 io.Float.Input(
                     "share_until",
-                    default=0.8,
+                    default=Settings.share_until,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -178,7 +110,7 @@ class AttuneDetailSampler(AttuneNode):
                 ),
                 io.Int.Input(
                     "share_max_tokens",
-                    default=0,
+                    default=Settings.share_max_tokens,
                     min=0,
                     max=65536,
                     tooltip="Layers with up to this many image tokens share the layout. 0 is automatic: a quarter of the latent's width and "
@@ -186,7 +118,7 @@ class AttuneDetailSampler(AttuneNode):
                 ),
                 io.Float.Input(
                     "mask_threshold",
-                    default=0.5,
+                    default=Settings.mask_threshold,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -194,21 +126,21 @@ class AttuneDetailSampler(AttuneNode):
                 ),
                 io.Combo.Input(
                     "optimize",
-                    options=list(detail.OPTIMIZE),
-                    default=detail.OPTIMIZE[0],
+                    options=list(OPTIMIZE),
+                    default=Settings.optimize,
                     tooltip="Moves the layout's noise in the first steps so that subjects become compact. Slower, and needs more memory. "
                     "entropy: less spread; centroid: one centre as well.",
                 ),
                 io.Int.Input(
                     "optimize_steps",
-                    default=6,
+                    default=Settings.optimize_steps,
                     min=1,
                     max=1000,
                     tooltip="How many of the first steps begin with an optimisation.",
                 ),
                 io.Float.Input(
                     "step_size",
-                    default=detail.Settings.step_size,
+                    default=Settings.step_size,
                     min=0.0,
                     max=100.0,
                     step=0.05,
@@ -216,8 +148,8 @@ class AttuneDetailSampler(AttuneNode):
                 ),
                 io.Combo.Input(
                     "finish",
-                    options=list(detail.FINISH),
-                    default=detail.FINISH[0],
+                    options=list(FINISH),
+                    default=Settings.finish,
                     optional=True,
                     tooltip="Which prompt the result has after share_until. last branch: its own, as in the paper. whole prompt: the full one, "
                     "which knows every detail; better where late steps still change colours, as in small pictures.",
@@ -255,12 +187,10 @@ class AttuneDetailSampler(AttuneNode):
         optimize,
         optimize_steps,
         step_size,
-        finish=detail.FINISH[0],
+        finish=Settings.finish,
     ) -> io.NodeOutput:
-        settings = detail.Settings(
-            share_until, share_max_tokens, mask_threshold, optimize, optimize_steps, step_size, finish=finish
-        )
-        samples, masks = detail.sample(
+        settings = Settings(share_until, share_max_tokens, mask_threshold, optimize, optimize_steps, step_size, finish=finish)
+        samples, masks = sample(
             model,
             positive,
             negative,

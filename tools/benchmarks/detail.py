@@ -20,12 +20,13 @@ from torch import Tensor
 from ...demo import evaluate, model, world
 from ...demo import reader as evaluator
 from ...language.decompose import GRANULARITIES, ORDERS, decompose
-from ...nodes.detail import encode
 from ...patches.detail import sampler as detail
-from ...patches.detail.sampler import BRANCH, Branch, Place, Settings
+from ...patches.detail.branches import BRANCH, EncodedBranch, SubjectColumns
+from ...patches.detail.encode import encode
+from ...patches.detail.session import FINISH, MASKS_FROM, OPTIMIZE, Settings
 from . import _sd15
 
-ROWS = dict(zip(detail.OPTIMIZE, ("+ PDI", "+ entropy", "+ centroid"), strict=True))
+ROWS = dict(zip(OPTIMIZE, ("+ PDI", "+ entropy", "+ centroid"), strict=True))
 COUNT = 4  # branches in the cost table: a base, one without details, two subjects
 SHARED = "Detail++, every step shared"
 LIMITS = {SHARED: 1.0}
@@ -37,11 +38,8 @@ Draw = Callable[[str, int], Tensor]
 def runs(patcher: Any, steps: int, latent: int) -> dict[str, Callable[[], Tensor]]:
     """Functions that sample ``steps`` CFG steps of `COUNT` pictures."""
     contexts = [torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(i)) for i in range(COUNT + 1)]
-    subjects = [(), (), (Place(1, (2, 3)),), (Place(2, (7,)),)]
-    positive = [
-        [context, {BRANCH: Branch(i, COUNT, 77, subjects[i], tuple(p.columns for p in subjects[i]))}]
-        for i, context in enumerate(contexts[:COUNT])
-    ]
+    subjects = [(), (), *((SubjectColumns(c, c, c),) for c in ((2, 3), (7,)))]
+    positive = [[c, {BRANCH: EncodedBranch(i, COUNT, 77, subjects[i])}] for i, c in enumerate(contexts[:COUNT])]
     negative = [[contexts[COUNT], {}]]
     image = torch.zeros(1, 4, latent, latent)
     noise = torch.randn(COUNT, *image.shape[1:], generator=torch.Generator().manual_seed(1))
@@ -78,7 +76,7 @@ def runs(patcher: Any, steps: int, latent: int) -> dict[str, Callable[[], Tensor
         "Detail++, no layout shared": ours(share_until=1.0, share_max_tokens=1),
         "Detail++, no step shared": ours(share_until=0.0),
         "Detail++, one branch at a time": ours(share_until=1.0, branches_at_once=1),
-        "Detail++, every step optimised": ours(share_until=1.0, optimize=detail.OPTIMIZE[2], optimize_steps=steps),
+        "Detail++, every step optimised": ours(share_until=1.0, optimize=OPTIMIZE[2], optimize_steps=steps),
     }
 
 
@@ -120,7 +118,7 @@ def draw(
             latent = {"samples": torch.zeros(1, 4, world.SIZE // 8, world.SIZE // 8)}
             samples, _ = detail.sample(
                 base,
-                encode(clip, branches, args.released),
+                encode(clip, branches),
                 empty,
                 latent,
                 args.seed + i,
@@ -145,6 +143,7 @@ def table(captions: Sequence[world.Caption], args: argparse.Namespace) -> None:
         "optimize_steps": args.optimize_steps,
         "step_size": args.step_size,
         "finish": args.finish,
+        "masks_from": args.masks_from,
     }
     print(
         "| variant | objects present | colours right | patterns right | background right | all bound | bound, against plain | against the row "
@@ -231,8 +230,8 @@ def compositions(split: str, number: int) -> list[world.Caption]:
 
 EFFECT = (
     "Also: --effect-only, --cost-only; of the second table --prompts (0 skips it), --things, --split, --cfg, --seed, --sampling-steps, "
-    "--sampler, --granularity, --order, --from-simple (the base has no details), --released (subjects are looked for in the branch "
-    "before), --rows (which optimisations), --composition (one patterned thing on a differently patterned background), --premise (whether "
+    "--sampler, --granularity, --order, --from-simple (the base has no details), --masks-from (whose attention shows where subjects "
+    "are), --rows (which optimisations), --composition (one patterned thing on a differently patterned background), --premise (whether "
     "simpler prompts are drawn better), --finish, and the node's settings."
 )
 
@@ -252,11 +251,11 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--granularity", choices=GRANULARITIES, default="subject")
     parser.add_argument("--order", choices=ORDERS, default="simple first")
     parser.add_argument("--from-simple", action="store_true")
-    parser.add_argument("--released", action="store_true")
-    parser.add_argument("--rows", nargs="*", choices=detail.OPTIMIZE, default=list(detail.OPTIMIZE))
+    parser.add_argument("--masks-from", choices=MASKS_FROM, default=Settings.masks_from)
+    parser.add_argument("--rows", nargs="*", choices=OPTIMIZE, default=list(OPTIMIZE))
     parser.add_argument("--composition", action="store_true")
     parser.add_argument("--premise", action="store_true")
-    parser.add_argument("--finish", choices=detail.FINISH, default=detail.FINISH[0])
+    parser.add_argument("--finish", choices=FINISH, default=FINISH[0])
     for name, of in (
         ("share_until", float),
         ("share_max_tokens", int),

@@ -16,10 +16,14 @@ from attune.demo import model as demo_model
 from attune.language.decompose import decompose
 from attune.language.words import Phrase, Words
 from attune.methods import detail as maths
-from attune.nodes.detail import AttuneDetailSampler, encode
+from attune.nodes.detail import AttuneDetailSampler
 from attune.patches import fusion
+from attune.patches.detail import blending, gradient
 from attune.patches.detail import sampler as detail
-from attune.patches.detail.sampler import BRANCH, Branch, Place, Settings
+from attune.patches.detail.blending import Blending
+from attune.patches.detail.branches import BRANCH, EncodedBranch, SubjectColumns
+from attune.patches.detail.encode import encode
+from attune.patches.detail.session import MASKS_FROM, OPTIMIZE, Settings
 from attune.patches.hook.attention import KEY, model_sites
 from attune.server import previews as live
 from attune.tests import families
@@ -35,12 +39,12 @@ CFG, SEED = 3.0, 5
 def branches(lengths=(7, 7, 7, 7), subjects=None, **options):
     """A base, the whole picture without details, and details of two subjects; every prompt of its own length."""
     if subjects is None:
-        subjects = [(), (), (Place(1, (2, 3)),), (Place(2, (4,)),)][: len(lengths)]
+        subjects = [(), (), ((2, 3),), ((4,),)][: len(lengths)]
     out = []
     for i, tokens in enumerate(lengths):
-        layout = tuple(p.columns for p in subjects[i])
+        found = tuple(SubjectColumns(c, c, c) for c in subjects[i])
         ((context, own),) = families.text(10 + i, tokens)
-        own = {**own, **options, BRANCH: Branch(i, len(lengths), tokens, tuple(subjects[i]), layout)}
+        own = {**own, **options, BRANCH: EncodedBranch(i, len(lengths), tokens, found)}
         out.append([context, own])
     return out
 
@@ -130,7 +134,19 @@ def update(sampler, i, sigmas, x, den, history, noise):
     raise AssertionError(sampler)
 
 
-def reference(model, positive, sampler, steps, batch, size, share_until=0.8, threshold=0.5, max_tokens=None, whole=False):
+def reference(
+    model,
+    positive,
+    sampler,
+    steps,
+    batch,
+    size,
+    share_until=0.8,
+    threshold=0.5,
+    max_tokens=None,
+    whole=False,
+    where="branch before",
+):
     """Latents of all branches, branch by branch, and the last masks of each picture."""
     sites = model_sites(model)[1]
     slow = Slow(model, {s.name for s in sites if s.stride == 1}, {s.name for s in sites})
@@ -171,9 +187,10 @@ def reference(model, positive, sampler, steps, batch, size, share_until=0.8, thr
                 crosses.append(cross)
             for j, mark in enumerate(marks if shared else []):
                 found = []
-                for s, place in enumerate(mark.subjects):
-                    for m, grid in crosses[place.branch].values():
-                        part = m[:, list(place.columns)].mean(1).reshape(tuple(grid))
+                for s, subject in enumerate(mark.subjects):
+                    looked_at, columns = subject.place(j, where)
+                    for m, grid in crosses[looked_at].values():
+                        part = m[:, list(columns)].mean(1).reshape(tuple(grid))
                         sums[b, j, s] = sums.get((b, j, s), 0) + part
                     found.append(slow_binary(sums[b, j, s], threshold))
                 masks[b, j] = np.logical_or.reduce(found) if found else None
@@ -233,24 +250,27 @@ def test_equals_one_branch_at_a_time(sampler, size, batch, lengths, more):
     assert 0 < shown.mean() < 1
 
 
-@pytest.mark.parametrize("released", [False, True])
-def test_equals_one_branch_at_a_time_on_the_bundled_model(demo, released):
+@pytest.mark.parametrize("where", MASKS_FROM[1:])
+def test_equals_one_branch_at_a_time_on_the_bundled_model(demo, where):
     model, clip, _ = demo
     text = "a red star and a blue circle"
     lines = "* | a star and a circle\nstar | a red star and a circle\ncircle | a star and a blue circle"
-    positive = encode(clip, decompose(text, manual=lines), released)
-    right = [(Place(1, (2,)),), (Place(2, (6,)),)] if released else [(Place(0, (3,)),), (Place(0, (7,)),)]
-    assert [e[1][BRANCH].subjects for e in positive] == [(), (), *right]
+    positive = encode(clip, decompose(text, manual=lines))
+    right = {"branch before": [(1, (2,)), (2, (6,))], "base": [(0, (3,)), (0, (7,))], "own": [(2, (3,)), (3, (6,))]}[where]
+    assert [len(e[1][BRANCH].subjects) for e in positive] == [0, 0, 1, 1]
+    assert [e[1][BRANCH].subjects[0].place(i, where) for i, e in enumerate(positive) if i > 1] == right
     empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
     plain = families.text
     families.text = lambda seed, *rest, **more: empty if seed == 2 else plain(seed, *rest, **more)
     try:
         with torch.no_grad():
-            right, _ = reference(model, positive, "euler", 4, 1, (10, 8))
+            right, _ = reference(model, positive, "euler", 4, 1, (10, 8), where=where)
     finally:
         families.text = plain
-    ours, _ = run(model, positive, size=(10, 8), negative=empty)
+    ours, _ = run(model, positive, size=(10, 8), negative=empty, masks_from=where)
     close(ours, right, 1e-3)
+    if where == "branch before":
+        assert torch.equal(ours, run(model, positive, size=(10, 8), negative=empty)[0])  # as released
     differs(ours[-1:], run(model, positive, size=(10, 8), negative=empty, share_until=0.0)[0][-1:])
 
 
@@ -277,11 +297,11 @@ def test_without_sharing_branches_are_independent_pictures(name, sampler):
     assert masks.all()
     last = run(model, positive, 2, sampler=sampler, share_until=0.0, finish="whole prompt")[0]
     close(last, torch.cat([right[:4], right[:2]]))
-    everywhere = [[c, {**o, BRANCH: Branch(o[BRANCH].index, 3, 7)}] for c, o in positive]
+    everywhere = [[c, {**o, BRANCH: EncodedBranch(o[BRANCH].index, 3, 7)}] for c, o in positive]
     close(run(model, everywhere, 2, sampler=sampler, share_max_tokens=1)[0], right)
 
 
-@pytest.mark.parametrize("sampler", detail.SAMPLERS)
+@pytest.mark.parametrize("sampler", detail.SUPPORTED)
 def test_outside_its_subject_a_branch_is_the_one_before_it(sampler):
     """Whatever the sampler keeps from step to step. Without the history's blending, or with noise of its own, it would not be."""
     model = families.shared("sd15")
@@ -296,19 +316,19 @@ def test_outside_its_subject_a_branch_is_the_one_before_it(sampler):
         assert not torch.equal(z[branch], z[branch - 1])
 
 
-@pytest.mark.parametrize("sampler", detail.SAMPLERS)
+@pytest.mark.parametrize("sampler", detail.SUPPORTED)
 def test_a_sampler_calls_the_model_as_often_as_we_think(sampler, monkeypatch):
     model = families.shared("sd15")
     counted = []
-    whole = detail.Blending.__call__
-    monkeypatch.setattr(detail.Blending, "__call__", lambda self, *a, **k: (counted.append(self), whole(self, *a, **k))[1])
+    whole = Blending.__call__
+    monkeypatch.setattr(Blending, "__call__", lambda self, *a, **k: (counted.append(self), whole(self, *a, **k))[1])
     run(model, branches((7, 7)), size=(4, 4), sampler=sampler, steps=5, denoise=0.8, scheduler="karras")
     assert len(counted) == len(counted[0].steps)
 
 
 def test_samplers_that_keep_something_else_are_refused():
     model = families.shared("sd15")
-    for name in set(comfy.samplers.KSampler.SAMPLERS) - set(detail.SAMPLERS):
+    for name in set(comfy.samplers.KSampler.SAMPLERS) - set(detail.SUPPORTED):
         with pytest.raises(ValueError, match="euler_ancestral"):
             run(model, branches(), sampler=name)
 
@@ -505,23 +525,23 @@ def losses(model, x, sigma, context, columns, align):
     return maths.objective(torch.stack(maps).mean(0), align, released=True)
 
 
-@pytest.mark.parametrize("optimize", detail.OPTIMIZE[1:])
+@pytest.mark.parametrize("optimize", OPTIMIZE[1:])
 def test_the_gradient_is_that_of_the_whole_model(optimize, monkeypatch):
     model, found = families.shared("sd15"), []
-    whole = detail._gradient
-    monkeypatch.setattr(detail, "_gradient", lambda *a: (found.append((a[2].clone(), a[3], g := whole(*a))), g)[1])
+    whole = blending.gradient
+    monkeypatch.setattr(blending, "gradient", lambda *a: (found.append((a[3].clone(), a[4], g := whole(*a))), g)[1])
     positive = branches((7, 7, 14, 7))
     no_backward = model.clone()  # as with SageAttention
     no_backward.model_options["transformer_options"]["optimized_attention_override"] = lambda f, *a, **k: f(*a, **k).detach()
     with torch.inference_mode():
         run(no_backward, positive, 2, (6, 8), steps=3, optimize=optimize, optimize_steps=2)
     assert len(found) == 2
-    columns, align = [(2, 3), (4,)], optimize == detail.OPTIMIZE[2]
-    for x, sigma, gradient in found:
+    columns, align = [(2, 3), (4,)], optimize == OPTIMIZE[2]
+    for x, sigma, ours in found:
         z = x.clone().requires_grad_()
         before = losses(model, z, sigma.clone(), positive[0][0], columns, align).sum()
         (right,) = torch.autograd.grad(before, z)
-        close(gradient, right, 1e-3)
+        close(ours, right, 1e-3)
         direction, e = right / right.norm(), 1e-2
         with torch.no_grad():
             up, down = (
@@ -535,30 +555,30 @@ def test_optimising_lowers_the_loss_and_moves_the_base_only(demo, monkeypatch):
     lines = "* | a star and a circle\nstar | a red star and a circle\ncircle | a star and a blue circle"
     positive = encode(clip, decompose("a red star and a blue circle", manual=lines))
     moved = []
-    whole = detail.Blending._optimise
+    whole = Blending._optimise
 
     def watch(self, x, sigma, step, kwargs):
         before = x.clone()
         whole(self, x, sigma, step, kwargs)
         moved.append((before, x.clone(), sigma[:1].clone()))
 
-    monkeypatch.setattr(detail.Blending, "_optimise", watch)
+    monkeypatch.setattr(Blending, "_optimise", watch)
     empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
     settings = {"size": (12, 16), "steps": 4, "negative": empty, "share_until": 0.75, "optimize_steps": 2}
-    for optimize in detail.OPTIMIZE[1:]:
+    for optimize in OPTIMIZE[1:]:
         moved.clear()
         run(model, positive, optimize=optimize, **settings)
         gains = []
         for before, after, sigma in moved[:2]:
             assert torch.equal(before[1:], after[1:]) and not torch.equal(before[:1], after[:1])
             assert (before - after).norm() < 0.5 * before.norm()
-            columns, align = [(3,), (7,)], optimize == detail.OPTIMIZE[2]
+            columns, align = [(3,), (7,)], optimize == OPTIMIZE[2]
             with torch.no_grad():
                 gains.append([losses(model, x[:1], sigma, positive[0][0], columns, align).item() for x in (before, after)])
         assert all(b < a for a, b in gains), gains
         assert all(torch.equal(before, after) for before, after, _ in moved[2:]) and len(moved) == 3
     with_zero = run(model, positive, optimize="entropy", step_size=0.0, **settings)[0]
-    assert torch.equal(with_zero, run(model, positive, **settings)[0])
+    assert torch.equal(with_zero, run(model, positive, masks_from="base", **settings)[0])
 
 
 def test_optimising_weights_made_in_inference_mode_in_parts_and_under_a_noise_mask():
@@ -587,16 +607,18 @@ def test_subjects_are_found_where_they_stand(demo):
     _, clip, _ = demo
     lines = "* | a star and a star\nstar #2 | a star and a red star\ncircle | a blue circle and a star and a star"
     taken = decompose("a star and a red star and a blue circle", manual=lines, remove_then_add=False)
-    for released in (False, True):
-        marks = [e[1][BRANCH] for e in encode(clip, taken, released)]
-        assert [m.index for m in marks] == [0, 1, 2] and {m.count for m in marks} == {3}
-        assert marks[1].subjects == (Place(0, (5,)),) and marks[1].layout == ((5,),)
-        assert (
-            marks[2].subjects == (Place(2, (3,)),) and marks[2].layout == ()
-        )  # no circle in the base, nor in the branch before
+    marks = [e[1][BRANCH] for e in encode(clip, taken)]
+    assert [m.index for m in marks] == [0, 1, 2] and {m.count for m in marks} == {3}
+    assert marks[1].subjects == (SubjectColumns((6,), (5,), (5,)),)
+    for where, place in (("base", (0, (5,))), ("branch before", (0, (5,))), ("own", (1, (6,)))):
+        assert marks[1].subjects[0].place(1, where) == place
+    # no circle in the base, nor in the branch before
+    assert marks[2].subjects == (SubjectColumns((3,)),)
+    assert {marks[2].subjects[0].place(2, where) for where in MASKS_FROM[1:]} == {(2, (3,))}
     both = decompose("a red star and a red ring", manual="* | a star and a ring\nstar, ring | a red star and a red ring")
-    marks = [e[1][BRANCH] for e in encode(clip, both, True)]
-    assert marks[2].subjects == (Place(1, (2,)), Place(1, (5,))) and marks[2].layout == ((3,), (7,))
+    marks = [e[1][BRANCH] for e in encode(clip, both)]
+    assert [s.place(2, "branch before") for s in marks[2].subjects] == [(1, (2,)), (1, (5,))]
+    assert [s.place(2, "base") for s in marks[2].subjects] == [(0, (3,)), (0, (7,))]
     with pytest.raises(ValueError, match="text encoder"):
         encode(None, decompose("a star", manual="* | a star"))
 
@@ -642,7 +664,7 @@ def test_a_layers_own_forward_comes_back(monkeypatch):
     layer = unet.input_blocks[1][1]
     own = layer.forward
     layer.forward = own
-    with detail._sparing(unet, ("middle_block", 0)):
+    with gradient.checkpointed(unet, ("middle_block", 0)):
         assert layer.forward is not own
     assert layer.__dict__["forward"] is own
     assert "forward" not in unet.input_blocks[1][0].__dict__
