@@ -12,11 +12,12 @@ from comfy_api.latest import io
 from ..patches.detail.encode import encode
 from ..patches.detail.sampler import sample
 from ..patches.detail.session import FINISH, OPTIMIZE, Settings
+from ..server.previews import Preview
 from .base import AttuneNode
 from .decompose import AttuneBranchesType
 
 
-class AttuneEncodeBranches(io.ComfyNode):
+class AttuneEncodeBranches(AttuneNode):
     @classmethod
     def define_schema(cls) -> io.Schema:
         return io.Schema(
@@ -204,6 +205,7 @@ class AttuneDetailSampler(AttuneNode):
             settings,
             latent_preview.prepare_callback(model, steps),
             not comfy.utils.PROGRESS_BAR_ENABLED,
+            Preview(None),
         )
         pictures = latent_image["samples"].shape[0]
         count = math.ceil(len(samples) / pictures)

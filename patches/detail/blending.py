@@ -19,7 +19,6 @@ import torch
 from torch import Tensor
 
 from ...methods.detail import step_length
-from ...server import previews as live
 from ..hook.attention import KEY
 from ..samplers import HISTORY, NONE, SAMPLERS, evaluations, noise_sampler
 from .gradient import gradient
@@ -62,12 +61,8 @@ class Blending:
         asked = {**asked, KEY: (*asked.get(KEY, ()), *session.requests())}
         denoised = self.model(x, sigma, **{**kwargs, "model_options": {**options, "transformer_options": asked}})
         if first:
-            masks = session.make_masks(self.guider.areas, x.device)
-            if session.names and live.listening():
-                shown = masks[[i - 1 for i in session.names], 0, 0]
-                live.show(
-                    step, self.steps[-1] + 1, list(session.names.values()), shown, "masks", last=step + 1 == session.shared
-                )
+            session.make_masks(self.guider.areas, x.device)
+            session.show_masks(step, self.steps[-1] + 1)
         denoised = session.blend(denoised)
         for t in (x, *self.older):
             t.copy_(session.blend(t))

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..hook.attention import ModelPatcher, install, model_sites
+from ..observer import NOBODY, Observer
 from ..prompts import refuse
 from ..samplers import SAMPLERS, needs
 from .blending import with_branches
@@ -48,12 +49,14 @@ def sample(
     settings: Settings | None = None,
     callback: Callable[[int, Tensor, Tensor, int], None] | None = None,
     disable_pbar: bool = False,
+    observer: Observer = NOBODY,
 ) -> tuple[Tensor, Tensor]:
     """Sample all branches (algorithm 1). They have the same noise, so that the ``n + 1`` rows of a picture differ by their prompts only.
 
     Args:
         positive: a conditioning with branches; others beside them are for all branches.
         callback: as KSampler's; it is shown the last branch.
+        observer: is shown the masks while they form.
 
     Returns:
         All branches' latents ``[(n + 1)·B, c, H, W]``, branch by branch, the last being the result; and the subjects' final masks
@@ -111,6 +114,7 @@ def sample(
         read_at=read_at,
         share_at=share_sites(sites, size, settings.share_max_tokens, auto=read_at[0].stride),
         names={b.index: b.name or f"branch {b.index}" for b, _ in made[0][1][BRANCHES] if b.subjects},
+        observer=observer,
     )
     patched = model.clone()
     install(patched)

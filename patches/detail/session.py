@@ -19,6 +19,7 @@ from torch import Tensor
 from ...methods.detail import accumulate, subject_masks
 from ..hook.attention import COND, AttentionCall, Request, Source
 from ..hook.sites import Site
+from ..observer import NOBODY, Observer
 from .branches import BASE, BEFORE, OWN, ReadPlan, own_name
 
 OPTIMIZE = ("off", "entropy", "entropy + centroid")
@@ -94,7 +95,7 @@ class Session:
     Attributes:
         total: branches; ``pictures``: of each; ``latent``: height and width.
         shared: the steps that share and blend.
-        names: of the branches with a subject.
+        names: of the branches with a subject, for the ``observer``.
         prompts: what is read of each merged conditioning, by the name that ComfyUI gave it.
         now: the branches in the forward that is going on; ``reading``: whether its maps count.
         sums: maps ``[B, h, w]`` of the steps so far, by conditioning, branch and subject.
@@ -111,6 +112,7 @@ class Session:
     read_at: tuple[Site, ...]
     share_at: tuple[Site, ...]
     names: dict[int, str] = field(default_factory=dict)
+    observer: Observer = NOBODY
     prompts: dict[Any, ReadPlan] = field(default_factory=dict)
     now: range = field(init=False)
     reading: bool = False
@@ -237,6 +239,12 @@ class Session:
             out.append(mask)
         self.masks = torch.stack(out)
         return self.masks
+
+    def show_masks(self, step: int, steps: int) -> None:
+        """The first picture's, to whoever looks on."""
+        if self.names and self.masks is not None and self.observer.watching():
+            shown = self.masks[[i - 1 for i in self.names], 0, 0]
+            self.observer.masks(step, steps, list(self.names.values()), shown, last=step + 1 == self.shared)
 
     def blend(self, t: Tensor) -> Tensor:
         """The accumulation (equation 4) on a tensor of all rows."""

@@ -6,7 +6,6 @@ import inspect
 from dataclasses import FrozenInstanceError
 
 import comfy.samplers
-import families
 import pytest
 import torch
 from comfy.k_diffusion import sampling as k_diffusion
@@ -23,6 +22,7 @@ from attune.patches.samplers import (
     needs,
     noise_sampler,
 )
+from attune.tests import families
 
 EVERY = list(comfy.samplers.KSampler.SAMPLERS)
 CFG, SEED = 3.0, 5

@@ -50,7 +50,7 @@ def branches(lengths=(7, 7, 7, 7), subjects=None, **options):
 
 
 def run(model, positive, batch=1, size=(8, 12), sampler="euler", steps=4, latent=None, **more):
-    names = ("cfg", "denoise", "seed", "negative", "callback", "scheduler")
+    names = ("cfg", "denoise", "seed", "negative", "callback", "scheduler", "observer")
     other = {k: more.pop(k) for k in names if k in more}
     negative = other.pop("negative", families.text(2))
     seed, cfg = other.pop("seed", SEED), other.pop("cfg", CFG)
@@ -482,13 +482,13 @@ def test_an_editor_that_listens_sees_the_masks(monkeypatch):
     model, shown = families.shared("sd15"), []
     seen = run(model, branches(), 2, steps=5)
     monkeypatch.setattr(live, "show", lambda *a, **k: shown.append((a, k)))
-    run(model, branches(), 2, steps=5)
+    run(model, branches(), 2, steps=5, observer=live.Preview(None))
     assert not shown  # nobody listens
     monkeypatch.setattr(live, "listening", lambda: True)
-    samples, masks = run(model, branches(), 2, steps=5)
+    samples, masks = run(model, branches(), 2, steps=5, observer=live.Preview(None))
     assert torch.equal(samples, seen[0])
     assert [(*a[:3], a[4]) for a, _ in shown] == [(i, 5, ["branch 2", "branch 3"], "masks") for i in range(4)]
-    assert [k["last"] for _, k in shown] == [False, False, False, True]
+    assert [a[6] for a, _ in shown] == [False, False, False, True]
     assert torch.equal(shown[-1][0][3].float(), masks[::2, ::8, ::8])  # the first picture's
 
 
