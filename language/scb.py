@@ -5,7 +5,7 @@ from __future__ import annotations
 import random
 from dataclasses import dataclass
 
-from .decompose import article
+from .writing import article
 
 STYLES = ("Lego", "oil-painting", "cyberpunk", "sketch", "pixel-art", "watercolor", "graffiti")
 SUBJECTS = ("dog", "cat", "robot", "car", "unicorn")

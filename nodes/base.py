@@ -13,7 +13,7 @@ import torch
 from comfy_api.latest import io
 from torch import Tensor
 
-from ..language.decompose import Branches
+from ..language.branches import Branches
 from ..language.words import Words
 from ..patches.hook.sites import Heads
 from ..patches.maps.record import Maps

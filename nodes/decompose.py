@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..language.decompose import GRANULARITIES, ORDERS, decompose
-from ..server import routes as browser
+from ..language.decompose import GRANULARITIES, ORDERS, SORTS, decompose, order_of
+from ..server.widgets import branches_told
 from .base import AttuneNode
 
 AttuneBranchesType = io.Custom("ATTUNE_BRANCHES")
@@ -36,15 +36,14 @@ class AttuneDecompose(AttuneNode):
                 io.Combo.Input(
                     "order",
                     options=list(ORDERS),
-                    default="simple first",
-                    tooltip="Which details are added first: those of few words (simple first) or of many (complex first). Equal "
-                    "ones come as in the prompt.",
+                    default="complex first",
+                    tooltip="What gives the layout. complex first: the whole prompt is the base, and the next branch removes all details. "
+                    "simple first: the prompt without details is the base. The branches after that add them.",
                 ),
                 io.Boolean.Input(
                     "remove_then_add",
-                    default=True,
-                    tooltip="On, as in the paper: the whole prompt is the base and gives the layout; the next branch removes all "
-                    "details, the others add them. Off: the prompt without details is the base.",
+                    default=False,
+                    tooltip="For workflows saved before: on, the order is complex first. Leave it off and choose the order.",
                 ),
                 io.String.Input(
                     "manual",
@@ -52,6 +51,14 @@ class AttuneDecompose(AttuneNode):
                     multiline=True,
                     tooltip="Your own sub-prompts, one a line: the noun, a vertical bar, and the sub-prompt. “*” in place of the noun is the "
                     "whole picture, “car #2” the second car. Empty: the prompt is taken apart automatically (needs spaCy).",
+                ),
+                io.Combo.Input(
+                    "sort",
+                    options=list(SORTS),
+                    default="as written",
+                    optional=True,
+                    tooltip="Which details are added first: as written, as in the prompt and the paper; short first, those of few words; long "
+                    "first, those of many.",
                 ),
             ],
             outputs=[
@@ -65,6 +72,9 @@ class AttuneDecompose(AttuneNode):
         )
 
     @classmethod
-    def execute(cls, text, granularity="attribute", order="simple first", remove_then_add=True, manual="") -> io.NodeOutput:
-        found = decompose(text, granularity, order, remove_then_add, manual)
-        return io.NodeOutput(found, found.summary, ui=browser.branches(found, remove_then_add))
+    def execute(
+        cls, text, granularity="attribute", order="complex first", remove_then_add=False, manual="", sort="as written"
+    ) -> io.NodeOutput:
+        order = order_of(order, remove_then_add)
+        found = decompose(text, granularity=granularity, order=order, sort=sort, manual=manual)
+        return io.NodeOutput(found, found.summary, ui=branches_told(found, order))

@@ -5,8 +5,8 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..language.words import encode_prompt, prompt_words
-from ..server import previews as live
-from ..server import routes as browser
+from ..server.previews import remember
+from ..server.widgets import words_told
 from .base import AttuneNode
 
 AttuneWordsType = io.Custom("ATTUNE_WORDS")
@@ -53,5 +53,5 @@ class AttuneWords(AttuneNode):
     @classmethod
     def execute(cls, clip, text, words="") -> io.NodeOutput:
         found, conditioning = encode_prompt(clip, prompt_words(clip, text, words))
-        live.remember(found)
-        return io.NodeOutput(found, found.summary, conditioning, ui=browser.words(found))
+        remember(found)
+        return io.NodeOutput(found, found.summary, conditioning, ui=words_told(found))

@@ -109,7 +109,7 @@ class Editor {
   /** All that the branches depend on. */
   inputs() {
     const of = (name) => widgetOf(this.node, name)?.value
-    return { text: textOf(this.node, "text"), granularity: of("granularity"), order: of("order"), remove_then_add: of("remove_then_add") }
+    return { text: textOf(this.node, "text"), granularity: of("granularity"), order: of("order"), remove_then_add: of("remove_then_add"), sort: of("sort") }
   }
 
   tick() {
@@ -152,10 +152,10 @@ class Editor {
 
   /** The branches to show, and whether they are written by hand. `base` is a first row that only tells. */
   current() {
-    const { text, remove_then_add } = this.inputs()
+    const { text, order, remove_then_add } = this.inputs()
     if (this.manual.trim()) {
       const branches = read(this.manual)
-      const own = !remove_then_add && branches[0]?.subject === "*"
+      const own = order === "simple first" && !remove_then_add && branches[0]?.subject === "*"
       return { base: own ? null : (text ?? "the prompt"), branches, hand: true, first: own }
     }
     const known = this.automatic?.inputs === JSON.stringify(this.inputs()) ? this.automatic : null

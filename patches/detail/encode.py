@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from ...language.decompose import Branch, Branches
+from ...language.branches import Branch, Branches
 from ...language.words import prompt_words
 from .branches import BRANCH, Columns, EncodedBranch, SubjectColumns
 

@@ -8,7 +8,9 @@ import re
 from pathlib import Path
 from typing import Any
 
-from ...language.decompose import Branch, article, decompose
+from ...language.branches import Branch
+from ...language.decompose import decompose
+from ...language.writing import article
 
 LABELS = Path(__file__).parents[2] / "tests" / "data" / "decompose.jsonl"
 SPLITS = ("tune", "held_out")
@@ -54,13 +56,13 @@ def named(branch: Branch) -> str:
 
 def faults(label: dict[str, Any]) -> list[str]:
     """How the decomposition of a prompt differs from its label; nothing: it is right."""
-    found = decompose(label["prompt"], "attribute", "simple first", remove_then_add=False)
+    found = decompose(label["prompt"], "attribute", "simple first")
     base, *branches = found.branches
     out = [] if base.text == label["base"] else [f"base is “{base.text}”, not “{label['base']}”"]
     pairs = sorted([named(b), added] for b in branches for added in b.added)
     if pairs != sorted(label["details"]):
         out.append(f"details are {pairs}, not {sorted(label['details'])}")
-    by_subject = decompose(label["prompt"], "subject", "complex first", remove_then_add=True)
+    by_subject = decompose(label["prompt"], "subject", "complex first")
     for branch in (*found.branches, *by_subject.branches[1:]):
         out += [f"“{branch.text}”: {fault}" for fault in grammar(branch.text, label["prompt"].replace("\\", ""))]
     return out

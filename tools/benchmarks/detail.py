@@ -114,7 +114,7 @@ def draw(
     out = []
     with torch.inference_mode():
         for i, caption in enumerate(captions):
-            branches = decompose(caption.text, args.granularity, args.order, not args.from_simple)
+            branches = decompose(caption.text, args.granularity, args.order)
             latent = {"samples": torch.zeros(1, 4, world.SIZE // 8, world.SIZE // 8)}
             samples, _ = detail.sample(
                 base,
@@ -230,7 +230,7 @@ def compositions(split: str, number: int) -> list[world.Caption]:
 
 EFFECT = (
     "Also: --effect-only, --cost-only; of the second table --prompts (0 skips it), --things, --split, --cfg, --seed, --sampling-steps, "
-    "--sampler, --granularity, --order, --from-simple (the base has no details), --masks-from (whose attention shows where subjects "
+    "--sampler, --granularity, --order, --masks-from (whose attention shows where subjects "
     "are), --rows (which optimisations), --composition (one patterned thing on a differently patterned background), --premise (whether "
     "simpler prompts are drawn better), --finish, and the node's settings."
 )
@@ -249,8 +249,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sampling-steps", type=int, default=20)
     parser.add_argument("--sampler", default="euler")
     parser.add_argument("--granularity", choices=GRANULARITIES, default="subject")
-    parser.add_argument("--order", choices=ORDERS, default="simple first")
-    parser.add_argument("--from-simple", action="store_true")
+    parser.add_argument("--order", choices=ORDERS, default=ORDERS[0])
     parser.add_argument("--masks-from", choices=MASKS_FROM, default=Settings.masks_from)
     parser.add_argument("--rows", nargs="*", choices=OPTIMIZE, default=list(OPTIMIZE))
     parser.add_argument("--composition", action="store_true")

@@ -606,7 +606,7 @@ def demo() -> Any:
 def test_subjects_are_found_where_they_stand(demo):
     _, clip, _ = demo
     lines = "* | a star and a star\nstar #2 | a star and a red star\ncircle | a blue circle and a star and a star"
-    taken = decompose("a star and a red star and a blue circle", manual=lines, remove_then_add=False)
+    taken = decompose("a star and a red star and a blue circle", manual=lines, order="simple first")
     marks = [e[1][BRANCH] for e in encode(clip, taken)]
     assert [m.index for m in marks] == [0, 1, 2] and {m.count for m in marks} == {3}
     assert marks[1].subjects == (SubjectColumns((6,), (5,), (5,)),)
