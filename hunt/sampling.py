@@ -5,18 +5,17 @@ As long as the rows are still alike (before ``start_percent``, and up to the fir
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Sequence
 from typing import Any
 
 import comfy.samplers
 import torch
-from comfy.k_diffusion import sampling as k_diffusion
 from torch import Tensor
 
 from ..methods.softpag import guide
 from ..patches.hook.attention import ModelPatcher, Span
 from ..patches.hook.sites import Site
+from ..patches.samplers import NONE, SAMPLERS, noise_sampler
 from ..patches.softpag import Perturbation, perturbed_rows, recording
 from .batches import tiled
 
@@ -30,18 +29,12 @@ def with_own_noise(own: Any, name: str, seeds: Sequence[int], count: int) -> Cal
         own: ComfyUI's sampler object called ``name``.
         seeds: of the pictures; ``count`` sets follow one another in the batch.
     """
-    takes = "noise_sampler" in inspect.signature(own.sampler_function).parameters
-    tree = "_sde" in name and name != "er_sde"
+    kind = SAMPLERS[name].noise
 
     def function(model: Any, x: Tensor, sigmas: Tensor, **kwargs: Any) -> Tensor:
         one = x[:1]
-        if takes and len(sigmas) > 1:
-            if tree:
-                low, high = sigmas[sigmas > 0].min(), sigmas.max()
-                cpu = not name.endswith("_gpu")
-                draws = [k_diffusion.BrownianTreeNoiseSampler(one, low, high, seed=s, cpu=cpu) for s in seeds]
-            else:
-                draws = [k_diffusion.default_noise_sampler(one, seed=s) for s in seeds]
+        if kind != NONE and len(sigmas) > 1:
+            draws = [noise_sampler(kind, one, sigmas, seed) for seed in seeds]
             kwargs["noise_sampler"] = lambda sigma, after: tiled(torch.cat([draw(sigma, after) for draw in draws]), count)
         if own.inpaint_options.get("random"):  # KSAMPLER has drawn it for the batch
             drawn = [torch.randn(one.shape, generator=torch.manual_seed(s + 1), device="cpu") for s in seeds]

@@ -9,6 +9,7 @@ from typing import Any, TypeAlias
 import comfy.samplers
 
 from ..methods.headhunter import harmonic_mean
+from ..patches.samplers import needs
 
 Ranking: TypeAlias = Callable[[Sequence[float]], float]  # scores of all scorers to what a head set is worth
 
@@ -36,6 +37,7 @@ class Settings:
             raise ValueError(
                 f"HeadHunter: this ComfyUI has no sampler “{self.sampler_name}” or no scheduler “{self.scheduler}”."
             )
+        needs(self.sampler_name, "HeadHunter")
         if self.sampler_name == "dpm_adaptive" or self.sampler_name.endswith("cfg_pp"):
             raise ValueError(
                 f"HeadHunter: the sampler “{self.sampler_name}” mixes the pictures of a batch or reads single predictions; choose another."
