@@ -26,6 +26,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 
 WEIGHTS = Path(__file__).parent / "weights"
 VARIANTS = ("shapes",)
+LATENT_SCALE = 0.18215  # SD1.5's, met by scaling the autoencoder's own latents
 TOKEN_ROWS = "text_model.embeddings.token_embedding.weight"
 
 TEXT_CONFIG: dict[str, Any] = {

@@ -1,7 +1,7 @@
 """A small dual encoder of the world of shapes: one vector for a picture, one for a text, and their cosine says how well they fit.
 
 The picture side is the bundled autoencoder's encoder and a convolutional tower on its latents; the text side is a transformer on
-whole words. `train_scorer` trains both towers; ``python3 run.py bench scorer`` measures them.
+whole words. ``python3 run.py train`` trains both towers; ``python3 run.py bench scorer`` measures them.
 """
 
 from __future__ import annotations
@@ -14,17 +14,16 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from ..methods import scores as maths
 from ..scoring.scorers import Scorer, chunks, digest, managed, ready
-from . import reader as evaluator
-from . import world
+from . import model, world
+from .reader import CHUNK, judge, load_reader, read
+from .reader import WEIGHTS as READER_WEIGHTS
 
 WEIGHTS = Path(__file__).parent / "weights" / "scorer.safetensors"
 WIDTH = 256  # of the vectors
-LATENT_SCALE = 0.18215
 KINDS = ("similarity", "all present", "all bound")
 
 
@@ -127,15 +126,6 @@ class DualEncoder(nn.Module):
         return F.normalize(self.picture(latents), dim=-1)
 
 
-def store(encoder: DualEncoder, path: Path, command: str) -> None:
-    """Write the weights in half precision, with the words and where they come from."""
-    state = {k: v.half().contiguous() for k, v in encoder.state_dict().items()}
-    path.parent.mkdir(parents=True, exist_ok=True)
-    words = json.dumps(encoder.vocabulary.words)
-    metadata = {"data_version": world.DATA_VERSION, "command": command, "words": words}
-    path.write_bytes(save(state, metadata))
-
-
 def load(path: Path | None = None) -> DualEncoder:
     """The trained towers (default: the shipped ones), in float32.
 
@@ -161,14 +151,12 @@ class Eye(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        from . import model
-
         whole = model.autoencoder()
         whole.load_state_dict(model.stored()["autoencoder"])
         self.encoder, self.quant_conv = whole.encoder, whole.quant_conv
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.quant_conv(self.encoder(images * 2 - 1))[:, :4] * LATENT_SCALE
+        return self.quant_conv(self.encoder(images * 2 - 1))[:, :4] * model.LATENT_SCALE
 
 
 # --- as scorers -----------------------------------------------------------------------------------------------------
@@ -198,12 +186,10 @@ class DemoScorer(Scorer):
     name = "demo"
 
     def __init__(self, path: Path | None = None):
-        from .model import WEIGHTS as MODELS
-
         encoder = load(path)
         self.patcher = managed(nn.ModuleDict({"eye": Eye(), "encoder": encoder}))
         self.models = (self.patcher,)
-        self.key = digest([path or WEIGHTS, MODELS / "shapes.safetensors"], "similarity")
+        self.key = digest([path or WEIGHTS, model.WEIGHTS / "shapes.safetensors"], "similarity")
         self._scale, self._bias = float(encoder.scale), float(encoder.bias)
 
     @property
@@ -236,7 +222,7 @@ class DemoScorer(Scorer):
         return network["encoder"].say(texts).float().cpu()
 
 
-class EvaluatorScorer(Scorer):
+class ReaderScorer(Scorer):
     """The reader of pictures as a scorer: 1 where all that the text states is there, else 0; with ``share``, how much of it is.
 
     Args:
@@ -247,18 +233,18 @@ class EvaluatorScorer(Scorer):
         if kind not in ("present", "bound"):
             raise ValueError(f"there is no objective “{kind}”; choose present or bound")
         self.kind, self.share = kind, share
-        self.patcher = managed(evaluator.load_evaluator())
+        self.patcher = managed(load_reader())
         self.models = (self.patcher,)
         self.name = f"demo: {'share' if share else 'all'} {kind}"
-        self.key = digest([evaluator.WEIGHTS], self.name)
+        self.key = digest([READER_WEIGHTS], self.name)
 
     def scores(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         captions = [parse(t) for t in texts]
         out = []
-        for part in chunks(images, evaluator.CHUNK):
+        for part in chunks(images, CHUNK):
             network, _ = ready(self.patcher)
-            for reading in evaluator.read(network, _eights(part)):
-                verdicts = [evaluator.judge(reading, c) for c in captions]
+            for reading in read(network, _eights(part)):
+                verdicts = [judge(reading, c) for c in captions]
                 # A text of the background alone, such as “a grey wall”, is judged by that.
                 right = [getattr(v, self.kind) or (v.background,) for v in verdicts]
                 out.append([sum(r) / len(r) if self.share else float(all(r)) for r in right])
@@ -269,7 +255,7 @@ def scorer(kind: str = KINDS[0]) -> Scorer:
     """The bundled scorer of one of `KINDS`."""
     if kind not in KINDS:
         raise ValueError(f"there is no kind “{kind}” of demo scorer; choose one of: {', '.join(KINDS)}")
-    return DemoScorer() if kind == KINDS[0] else EvaluatorScorer(kind.removeprefix("all "))
+    return DemoScorer() if kind == KINDS[0] else ReaderScorer(kind.removeprefix("all "))
 
 
 _AFTER = {"stripes": "striped", "dots": "dotted", "checks": "checkered"}

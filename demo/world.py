@@ -147,7 +147,7 @@ _PATTERN_NOUN = {"striped": "stripes", "dotted": "dots", "checkered": "checks"}
 _SURFACES = ("wall", "background", "floor", "cloth")
 
 
-def _article(phrase: str) -> str:
+def article(phrase: str) -> str:
     return ("an " if phrase[0] in "aeiou" else "a ") + phrase
 
 
@@ -157,9 +157,9 @@ def _thing_phrase(t: Thing, rng: np.random.Generator, full: bool) -> tuple[str, 
     size = t.size if rng.random() < 0.7 else ""
     stated = Stated(t.noun, colour, pattern or ("plain" if full else None))
     if pattern in _PATTERN_NOUN and rng.random() < 0.2:
-        return _article(" ".join(filter(None, (size, colour, t.noun)))) + f" with {_PATTERN_NOUN[pattern]}", stated
+        return article(" ".join(filter(None, (size, colour, t.noun)))) + f" with {_PATTERN_NOUN[pattern]}", stated
     words = [colour, pattern] if rng.random() < 0.6 else [pattern, colour]
-    return _article(" ".join(filter(None, (size, *words, t.noun)))), stated
+    return article(" ".join(filter(None, (size, *words, t.noun)))), stated
 
 
 def describe(scene: Scene, rng: np.random.Generator, full: bool = False) -> Caption:
@@ -195,7 +195,7 @@ def describe(scene: Scene, rng: np.random.Generator, full: bool = False) -> Capt
     if rng.random() < 0.65:
         pattern = scene.background_pattern if scene.background_pattern != "plain" or rng.random() < 0.2 else None
         words = [pattern, scene.background] if rng.random() < 0.7 else [scene.background, pattern]
-        text += " on " + _article(" ".join(filter(None, (*words, str(rng.choice(_SURFACES))))))
+        text += " on " + article(" ".join(filter(None, (*words, str(rng.choice(_SURFACES))))))
         background = (scene.background, pattern or "plain")
     canonical = {"right": "left", "below": "above"}.get(relation or "", relation)
     return Caption(text, tuple(stated), canonical, background)
@@ -215,7 +215,7 @@ def prompts(split: str, number: int, count: int = 2, seed: int = 0) -> list[Capt
 
 # --- pictures -------------------------------------------------------------------------------------------------------
 
-_GRID = np.arange(SIZE, dtype=np.float32) + 0.5
+GRID = np.arange(SIZE, dtype=np.float32) + 0.5
 
 
 def _second_tone(name: str, rgb: np.ndarray) -> np.ndarray:
@@ -250,7 +250,7 @@ def _polygon(x: np.ndarray, y: np.ndarray, points: list[tuple[float, float]]) ->
     return np.where(inside, -distance, distance)
 
 
-def _signed_distance(noun: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
+def signed_distance(noun: str, x: np.ndarray, y: np.ndarray, r: float) -> np.ndarray:
     """Signed distance, in pixels, to a shape of radius ``r`` around the origin (negative inside)."""
     d = np.hypot(x, y)
     if noun == "circle":
@@ -276,7 +276,7 @@ def _signed_distance(noun: str, x: np.ndarray, y: np.ndarray, r: float) -> np.nd
     return _polygon(x, y, [(float(np.cos(a) * s), float(np.sin(a) * s + shift)) for a, s in zip(angles, radii, strict=True)])
 
 
-def _surface(name: str, rgb: tuple[int, int, int], pattern: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+def surface(name: str, rgb: tuple[int, int, int], pattern: str, x: np.ndarray, y: np.ndarray) -> np.ndarray:
     first = np.asarray(rgb, np.float32)
     share = _pattern(pattern, x, y)[..., None]
     return first * (1 - share) + _second_tone(name, first) * share
@@ -284,8 +284,8 @@ def _surface(name: str, rgb: tuple[int, int, int], pattern: str, x: np.ndarray, 
 
 def coverage(thing: Thing) -> np.ndarray:
     """How much of each pixel a thing covers, ``[SIZE, SIZE]`` in [0, 1]."""
-    x, y = np.broadcast_arrays(_GRID[None, :] - thing.x, _GRID[:, None] - thing.y)
-    d = _signed_distance(thing.noun, x, y, thing.radius)
+    x, y = np.broadcast_arrays(GRID[None, :] - thing.x, GRID[:, None] - thing.y)
+    d = signed_distance(thing.noun, x, y, thing.radius)
     return np.clip(0.5 - d, 0, 1).astype(np.float32)
 
 
@@ -296,7 +296,7 @@ def layout(scene: Scene, cells: int = SIZE // 8) -> np.ndarray:
     out = np.zeros((cells, cells), np.int8)
     for i, t in enumerate(scene.things, 1):
         x, y = np.broadcast_arrays(centres[None, :] - t.x, centres[:, None] - t.y)
-        d = _signed_distance(t.noun, x, y, t.radius)
+        d = signed_distance(t.noun, x, y, t.radius)
         out[d < side / 4] = -1
         out[d < -side / 4] = i
     return out
@@ -304,16 +304,14 @@ def layout(scene: Scene, cells: int = SIZE // 8) -> np.ndarray:
 
 def render(scene: Scene) -> np.ndarray:
     """Draw a scene: ``uint8 [SIZE, SIZE, 3]``, anti-aliased."""
-    picture = _surface(
-        scene.background, BACKGROUNDS[scene.background], scene.background_pattern, _GRID[None, :], _GRID[:, None]
-    )
+    picture = surface(scene.background, BACKGROUNDS[scene.background], scene.background_pattern, GRID[None, :], GRID[:, None])
     picture = np.array(np.broadcast_to(picture, (SIZE, SIZE, 3)))
     for t in scene.things:
         x0, x1 = max(int(t.x - t.radius) - 2, 0), min(int(t.x + t.radius) + 3, SIZE)
         y0, y1 = max(int(t.y - t.radius) - 2, 0), min(int(t.y + t.radius) + 3, SIZE)
-        x, y = _GRID[None, x0:x1], _GRID[y0:y1, None]
+        x, y = GRID[None, x0:x1], GRID[y0:y1, None]
         u, v = np.broadcast_arrays(x - t.x, y - t.y)
-        alpha = np.clip(0.5 - _signed_distance(t.noun, u, v, t.radius), 0, 1)[..., None]
+        alpha = np.clip(0.5 - signed_distance(t.noun, u, v, t.radius), 0, 1)[..., None]
         box = picture[y0:y1, x0:x1]
-        box[:] = box * (1 - alpha) + _surface(t.colour, COLOURS[t.colour], t.pattern, x, y) * alpha
+        box[:] = box * (1 - alpha) + surface(t.colour, COLOURS[t.colour], t.pattern, x, y) * alpha
     return np.clip(picture + scene.tint, 0, 255).astype(np.uint8)

@@ -146,7 +146,7 @@ def load_scorer(text: str) -> Scorer:
         from ..demo import scorer
 
         if name.startswith("share "):
-            return scorer.EvaluatorScorer(name.removeprefix("share "), share=True)
+            return scorer.ReaderScorer(name.removeprefix("share "), share=True)
         return scorer.scorer(name or scorer.KINDS[0])
     if kind in ("clip", "preference") and name:
         return (ClipScorer if kind == "clip" else PreferenceScorer)(name)

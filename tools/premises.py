@@ -16,12 +16,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..demo.evaluate import generate, interval
 from ..methods.detail import subject_masks
 from ..patches import headfilter
 from ..patches.hook.attention import model_sites
 from ..patches.hook.sites import Heads
 from ..patches.maps import record as recorded
+from .benchmarks.shared.pictures import generate, interval
 
 CFG, STEPS, SEED = 5.0, 20, 5000
 
@@ -78,7 +78,7 @@ def shapes() -> World:
     """The world of shapes."""
     from ..demo import model, reader, world
 
-    net = reader.load_evaluator()
+    net = reader.load_reader()
 
     def phrase(thing: Any) -> str:
         words = " ".join(filter(None, (thing.colour, thing.pattern, thing.noun)))

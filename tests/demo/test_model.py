@@ -10,7 +10,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from attune.demo import evaluate, model, world
+from attune.demo import model, world
+from attune.tools.benchmarks.shared.pictures import generate, verdicts
 from attune.tools.training import shapes as train
 
 
@@ -26,8 +27,8 @@ def captions():
 
 @pytest.fixture(scope="module")
 def found(demo, captions):
-    pictures = evaluate.generate(*demo, [c.text for c in captions], cfg=5.0, seed=1000)
-    return evaluate.verdicts(pictures, captions)
+    pictures = generate(*demo, [c.text for c in captions], cfg=5.0, seed=1000)
+    return verdicts(pictures, captions)
 
 
 def share(found, what):
@@ -97,7 +98,7 @@ def test_pictures_survive_the_autoencoder(demo):
         back = vae.decode(vae.encode(pictures))
     assert (back - pictures).abs().mean() < 0.03
     captions = [world.describe(s, np.random.default_rng(0), full=True) for s in scenes]
-    assert np.mean([v.all_bound for v in evaluate.verdicts(back, captions)]) >= 0.85
+    assert np.mean([v.all_bound for v in verdicts(back, captions)]) >= 0.85
 
 
 def test_the_recorded_figures_hold(found):
@@ -115,7 +116,7 @@ def test_it_draws_what_it_is_asked_for_and_still_mixes_things_up(found):
 
 def test_one_picture_takes_seconds(demo):
     began = time.perf_counter()
-    evaluate.generate(*demo, ["a red star"], cfg=5.0, seed=1)
+    generate(*demo, ["a red star"], cfg=5.0, seed=1)
     assert time.perf_counter() - began < 15  # 3 s on two idle cores; the margin is for a busy machine
 
 

@@ -12,10 +12,11 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from attune.demo import evaluate, model, scorer, world
-from attune.demo import reader as evaluator
+from attune.demo import model, scorer, world
+from attune.demo import reader as reading
 from attune.tests.helpers import some_pictures
 from attune.tools.benchmarks import scorer as bench
+from attune.tools.benchmarks.shared.pictures import verdicts
 from attune.tools.training import scorer as scorer_training
 
 
@@ -208,44 +209,44 @@ def test_the_text_side_knows_no_other_texts_of_the_batch(demo):
 def test_the_reader_as_a_scorer_is_the_readers_verdict(kind, held_out):
     _, captions, pictures = held_out
     mixed = [captions[i] if i % 2 else captions[i + 1] for i in range(20)]
-    wanted = [getattr(v, f"all_{kind}") for v in evaluate.verdicts(pictures[:20], mixed)]
+    wanted = [getattr(v, f"all_{kind}") for v in verdicts(pictures[:20], mixed)]
     got = scorer.scorer(f"all {kind}").scores(pictures[:20], [c.text for c in mixed])
     assert got.shape == (20, 20) and got.diagonal().tolist() == [float(w) for w in wanted]
     assert set(wanted) == {True, False}
-    share = scorer.EvaluatorScorer(kind, share=True).scores(pictures[:20], [c.text for c in mixed]).diagonal()
-    each = [getattr(v, kind) for v in evaluate.verdicts(pictures[:20], mixed)]
+    share = scorer.ReaderScorer(kind, share=True).scores(pictures[:20], [c.text for c in mixed]).diagonal()
+    each = [getattr(v, kind) for v in verdicts(pictures[:20], mixed)]
     assert share.tolist() == pytest.approx([sum(e) / len(e) for e in each])
 
 
 def test_the_reader_judges_a_background_by_itself(held_out):
     scenes, _, pictures = held_out
     texts = [f"a {s.background_pattern} {s.background} wall" for s in scenes[:12]]
-    got = scorer.EvaluatorScorer("bound").scores(pictures[:12], texts)
+    got = scorer.ReaderScorer("bound").scores(pictures[:12], texts)
     wanted = [
         [float(a.background == b.background and a.background_pattern == b.background_pattern) for b in scenes[:12]]
         for a in scenes[:12]
     ]
     assert (got == torch.tensor(wanted)).float().mean() > 0.97 and got.sum() < 100
     with pytest.raises(ValueError, match="names nothing"):
-        scorer.EvaluatorScorer("bound").scores(pictures[:1], ["a wall"])
+        scorer.ReaderScorer("bound").scores(pictures[:1], ["a wall"])
 
 
 def test_kinds_that_do_not_exist_are_refused():
     with pytest.raises(ValueError, match="similarity, all present, all bound"):
         scorer.scorer("best")
     with pytest.raises(ValueError, match="present or bound"):
-        scorer.EvaluatorScorer("similar")
-    keys = {scorer.scorer(k).key for k in scorer.KINDS} | {scorer.EvaluatorScorer("bound", True).key}
+        scorer.ReaderScorer("similar")
+    keys = {scorer.scorer(k).key for k in scorer.KINDS} | {scorer.ReaderScorer("bound", True).key}
     assert len(keys) == 4
 
 
 def test_a_short_training_learns_something(monkeypatch, tmp_path):
     """Not how well, which takes minutes: that the loop runs, goes on from its checkpoint and its loss falls."""
-    from attune.tools.training import shapes as train
+    from attune.tools.training import stage
 
-    monkeypatch.setattr(train, "CHECKPOINTS", tmp_path)
+    monkeypatch.setattr(stage, "CHECKPOINTS", tmp_path)
     ticks = itertools.count()
-    monkeypatch.setattr(train.time, "time", lambda: next(ticks))  # every look at the clock is a second
+    monkeypatch.setattr(stage.time, "thread_time", lambda: next(ticks))  # every look at the clock is a second
     source = world.scenes("train", 8)
     scenes = [next(source) for _ in range(48)]
     eye = scorer.Eye().eval()
@@ -264,7 +265,7 @@ def test_a_short_training_learns_something(monkeypatch, tmp_path):
 
 def test_the_reader_weights_and_the_scorer_share_nothing():
     """A method that pleases the scorer must not please the reader by construction."""
-    assert evaluator.WEIGHTS != scorer.WEIGHTS and model.WEIGHTS.is_dir()
+    assert reading.WEIGHTS != scorer.WEIGHTS and model.WEIGHTS.is_dir()
     own = {tuple(t.flatten()[:8].tolist()) for t in load_file(scorer.WEIGHTS).values() if t.numel() >= 8}
-    reader = {tuple(t.flatten()[:8].tolist()) for t in load_file(evaluator.WEIGHTS).values() if t.numel() >= 8}
+    reader = {tuple(t.flatten()[:8].tolist()) for t in load_file(reading.WEIGHTS).values() if t.numel() >= 8}
     assert not {t for t in own & reader if len(set(t)) > 1}

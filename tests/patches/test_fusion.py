@@ -5,7 +5,6 @@ import dataclasses
 import pytest
 import torch
 
-from attune.demo import evaluate
 from attune.demo import model as demo_model
 from attune.language.decompose import decompose
 from attune.language.phrases import fusable
@@ -21,6 +20,7 @@ from attune.tests import families
 from attune.tests.families import words, written_out
 from attune.tests.helpers import close, differs
 from attune.tests.methods.test_fusion import slow_fuse
+from attune.tools.benchmarks.shared.pictures import generate
 
 sample = families.sample
 PHRASES = words((1, 2), (4, 5, 6))
@@ -229,7 +229,7 @@ def test_the_node_on_the_bundled_model(demo):
     (patched,) = AttunePhraseFusion.execute(model, found, 1.0).args
     seen = []
     request(patched, Request("read", {("middle.0.0", "cross"): None}, lambda call, w: seen.append(w), rows="cond"))
-    pictures = [evaluate.generate(m, clip, vae, [text], 5.0, 1, 4) for m in (model, patched)]
+    pictures = [generate(m, clip, vae, [text], 5.0, 1, 4) for m in (model, patched)]
     differs(*pictures)
     for group in ((2, 3, 4), (7, 8), (11, 12)):
         maps_of = torch.stack([w[..., list(group)] for w in seen])
@@ -237,4 +237,4 @@ def test_the_node_on_the_bundled_model(demo):
     (same,) = AttunePhraseFusion.execute(
         model, dataclasses.replace(found, phrases=found.phrases[:1], automatic=False), 1.0
     ).args
-    assert torch.equal(evaluate.generate(same, clip, vae, [text], 5.0, 1, 4), pictures[0])  # "star" alone is one token
+    assert torch.equal(generate(same, clip, vae, [text], 5.0, 1, 4), pictures[0])  # "star" alone is one token

@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 
-from attune.demo import evaluate
 from attune.demo import model as demo_model
 from attune.language.words import prompt_words
 from attune.nodes.gate import AttuneSemanticGate
@@ -18,6 +17,7 @@ from attune.tests import families
 from attune.tests.families import words, written_out
 from attune.tests.helpers import close, differs
 from attune.tests.methods.test_gate import slow_gate
+from attune.tools.benchmarks.shared.pictures import generate
 
 sample = families.sample
 PHRASES = words((1, 2), (2, 4))  # both have column 2
@@ -256,6 +256,6 @@ def test_the_node_on_the_bundled_model():
     ]
     assert all(part.tooltip for part in (*schema.inputs, *schema.outputs))
     (patched,) = AttuneSemanticGate.execute(model, found, scorer, vae, floor=0.05).args
-    plain, gated = (evaluate.generate(m, clip, vae, [text] * 2, 5.0, 1, 10) for m in (model, patched))
+    plain, gated = (generate(m, clip, vae, [text] * 2, 5.0, 1, 10) for m in (model, patched))
     differs(gated, plain)
     assert scorer.asked[0][0].shape == (2, 128, 128, 3) and scorer.asked[0][1] == ["red striped star", "blue circle"]

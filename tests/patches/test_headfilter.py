@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from attune.demo import evaluate
 from attune.demo import model as demo_model
 from attune.methods import headfilter as maths
 from attune.nodes.headfilter import AttuneHeadFilter
@@ -14,6 +13,7 @@ from attune.patches.maps import record as maps
 from attune.tests import families
 from attune.tests.families import heads_of, words, written_out
 from attune.tests.helpers import close, differs
+from attune.tools.benchmarks.shared.pictures import generate
 
 sample = families.sample
 TWO = {"steps": 2, "size": (8, 12), "batch": 2}
@@ -141,10 +141,10 @@ def test_the_node_on_the_bundled_model():
     schema = AttuneHeadFilter.define_schema()
     assert [i.id for i in schema.inputs] == ["model", "heads", "kind", "others"]
     assert all(part.tooltip for part in (*schema.inputs, *schema.outputs))
-    pictures = [evaluate.generate(model, clip, vae, ["a red star"], 5.0, 1, 4)]
+    pictures = [generate(model, clip, vae, ["a red star"], 5.0, 1, 4)]
     for others in maths.OTHERS:
         (patched,) = AttuneHeadFilter.execute(model, heads_of(model, "*.*.*:0"), "cross", others).args
-        pictures.append(evaluate.generate(patched, clip, vae, ["a red star"], 5.0, 1, 4))
+        pictures.append(generate(patched, clip, vae, ["a red star"], 5.0, 1, 4))
     for i, one in enumerate(pictures):
         for other in pictures[:i]:
             differs(one, other)

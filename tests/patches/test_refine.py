@@ -3,7 +3,6 @@
 import pytest
 import torch
 
-from attune.demo import evaluate
 from attune.demo import model as demo_model
 from attune.language.words import prompt_words
 from attune.methods import refine as maths
@@ -16,6 +15,7 @@ from attune.tests import families
 from attune.tests.families import words, written_out
 from attune.tests.helpers import close, differs
 from attune.tests.methods.test_refine import slow_refine
+from attune.tools.benchmarks.shared.pictures import generate
 
 sample = families.sample
 TWO = words((1,), (3, 4))
@@ -174,10 +174,10 @@ def test_the_node_on_the_bundled_model():
     assert list(defaults.values()) == [2, 0.7, 0.8, 0.0, 1.0]
     assert all(part.tooltip for part in (*schema.inputs, *schema.outputs))
     found = prompt_words(clip, text, "star, circle")
-    pictures = [evaluate.generate(model, clip, vae, [text], 5.0, 1, 4)]
+    pictures = [generate(model, clip, vae, [text], 5.0, 1, 4)]
     for given in ({}, {"words": found}):
         (patched,) = AttuneRefineMaps.execute(model, **defaults, **given).args
-        pictures.append(evaluate.generate(patched, clip, vae, [text], 5.0, 1, 4))
+        pictures.append(generate(patched, clip, vae, [text], 5.0, 1, 4))
     assert all(p.isfinite().all() for p in pictures)
     differs(pictures[0], pictures[1])
     differs(pictures[0], pictures[2])

@@ -3,12 +3,12 @@
 import pytest
 import torch
 
-from attune.demo import evaluate
 from attune.demo import model as demo_model
 from attune.nodes.structure import AttuneStructureRefine
 from attune.patches import structure
 from attune.patches.maps import record as maps
 from attune.tests.methods.test_structure import random_latent
+from attune.tools.benchmarks.shared.pictures import generate
 
 
 def test_regions_are_evened_out_and_their_contour_stays():
@@ -68,7 +68,7 @@ def test_the_node_on_the_bundled_model():
     defaults = {i.id: i.default for i in schema.inputs[2:]}
     patched, held = maps.apply(model)
     text = ["a red star and a blue circle", "a green ring"]
-    picture = evaluate.generate(patched, clip, vae, text, 5.0, 1, 8)
+    picture = generate(patched, clip, vae, text, 5.0, 1, 8)
     given = {"samples": vae.encode(picture)}
     (plain,) = AttuneStructureRefine.execute(given, **defaults).args
     (guided,) = AttuneStructureRefine.execute(given, **defaults, maps=held).args

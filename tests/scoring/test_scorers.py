@@ -394,7 +394,7 @@ def test_diversity_of_a_batch():
     (value,) = score_nodes.AttuneDiversity.execute(painted((1, 0, 0), (0, 1, 0), (0, 1, 0)), Colours()).args
     assert value == pytest.approx(2 / 3, abs=1e-6)
     with pytest.raises(ValueError, match="only gives scores"):
-        score_nodes.AttuneDiversity.execute(some_pictures(2, 128, 128), scorer.EvaluatorScorer("present"))
+        score_nodes.AttuneDiversity.execute(some_pictures(2, 128, 128), scorer.ReaderScorer("present"))
 
 
 def half_and_half():

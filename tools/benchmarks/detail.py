@@ -1,6 +1,6 @@
 """What Detail++ costs against a KSampler batch of as many pictures on an SD1.5-shaped UNet, and what it does on the bundled model.
 
-The effect: the paper's ablation, pictures of held-out prompts at the same seeds read back by the evaluator. Prompts are taken apart as
+The effect: the paper's ablation, pictures of held-out prompts at the same seeds read back by the reader. Prompts are taken apart as
 Decompose Prompt does it.
 """
 
@@ -17,14 +17,15 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...demo import evaluate, model, world
-from ...demo import reader as evaluator
+from ...demo import model, world
+from ...demo.reader import Reading, Verdict, load_reader, read
 from ...language.decompose import GRANULARITIES, ORDERS, decompose
 from ...patches.detail import sampler as detail
 from ...patches.detail.branches import BRANCH, EncodedBranch, SubjectColumns
 from ...patches.detail.encode import encode
 from ...patches.detail.session import FINISH, MASKS_FROM, OPTIMIZE, Settings
-from . import _sd15
+from .shared import speed
+from .shared.pictures import generate, interval, paired, verdicts
 
 ROWS = dict(zip(OPTIMIZE, ("+ PDI", "+ entropy", "+ centroid"), strict=True))
 COUNT = 4  # branches in the cost table: a base, one without details, two subjects
@@ -90,9 +91,9 @@ def cost(argv: list[str]) -> None:
     parser.add_argument("--variants", nargs="*", default=[], help="only variants with one of these words in their names")
     args = parser.parse_args(argv)
     device = comfy.model_management.get_torch_device()
-    variants = _sd15.named(runs(_sd15.with_data(args.width, device), args.steps, args.latent), args.variants)
+    variants = speed.named(runs(speed.with_data(args.width, device), args.steps, args.latent), args.variants)
     first = next(iter(variants))
-    times, peaks = _sd15.interleaved(variants, args.steps, args.rounds, device)
+    times, peaks = speed.interleaved(variants, args.steps, args.rounds, device)
     plain = statistics.median(times[first])
     print(f"SD1.5-shaped UNet, {args.width} channels, latent {args.latent}×{args.latent}, {device}: ratios to {first},")
     print(f"whose step takes {plain:.2f} s (median of {args.rounds}) and {peaks[first] / 2**20:.0f} MB beside the weights")
@@ -100,7 +101,7 @@ def cost(argv: list[str]) -> None:
     print("|---|---|---|---|")
     for name, taken in times.items():
         limit = f"{LIMITS[name]:.2f}" if name in LIMITS else ""
-        print(f"| {name} | {_sd15.paired(taken, times[first]):.3f} | {peaks[name] / peaks[first]:.3f} | {limit} |")
+        print(f"| {name} | {speed.paired(taken, times[first]):.3f} | {peaks[name] / peaks[first]:.3f} | {limit} |")
 
 
 # --- the effect ---------------------------------------------------------------------------------------------------------
@@ -109,7 +110,7 @@ def cost(argv: list[str]) -> None:
 def draw(
     base: Any, clip: Any, vae: Any, captions: Sequence[world.Caption], args: argparse.Namespace, settings: Settings
 ) -> Tensor:
-    """One picture per caption; picture ``i`` starts from the noise of seed ``seed + i``, as `evaluate.generate` has it."""
+    """One picture per caption; picture ``i`` starts from the noise of seed ``seed + i``, as `generate` has it."""
     empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
     out = []
     with torch.inference_mode():
@@ -150,25 +151,25 @@ def table(captions: Sequence[world.Caption], args: argparse.Namespace) -> None:
         "above | s a picture |"
     )
     print("|---|---|---|---|---|---|---|---|---|")
-    before: list[list[evaluator.Verdict]] = []
+    before: list[list[Verdict]] = []
     for name, optimize in (("plain CFG", None), *((ROWS[o], o) for o in args.rows)):
         began = time.perf_counter()
         if optimize is None:
             texts = [c.text for c in captions]
-            pictures = evaluate.generate(base, clip, vae, texts, args.cfg, args.seed, args.sampling_steps)
+            pictures = generate(base, clip, vae, texts, args.cfg, args.seed, args.sampling_steps)
         else:
             pictures = draw(base, clip, vae, captions, args, Settings(optimize=optimize, **common))
         seconds = (time.perf_counter() - began) / len(captions)
-        found = evaluate.verdicts(pictures, captions)
+        found = verdicts(pictures, captions)
         cells = []
         answers = [[all(getattr(v, what)) for v in found] for what in ("present", "colour", "pattern")]
         answers.append([bool(v.background) for v in found if v.background is not None])
         answers.append([v.all_bound for v in found])
         for each in answers:
-            low, high = evaluate.interval(sum(each), len(each)) if each else (0.0, 1.0)
+            low, high = interval(sum(each), len(each)) if each else (0.0, 1.0)
             cells.append(f"{100 * sum(each) / max(len(each), 1):.1f} % ({100 * low:.0f}-{100 * high:.0f})")
         for other in (before[0], before[-1]) if before else ():
-            mean, low, high = (100 * x for x in evaluate.paired([v.all_bound for v in other], [v.all_bound for v in found]))
+            mean, low, high = (100 * x for x in paired([v.all_bound for v in other], [v.all_bound for v in found]))
             cells.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
         before.append(found)
         print(f"| {name} | {' | '.join(cells)} |{'' if len(before) > 1 else '  |  |'} {seconds:.2f} |", flush=True)
@@ -182,10 +183,10 @@ def table(captions: Sequence[world.Caption], args: argparse.Namespace) -> None:
 def premise(captions: Sequence[world.Caption], args: argparse.Namespace) -> None:
     """Does the model draw simpler prompts better? Detail++ rests on it. Each thing is looked for alone, whatever else was drawn."""
     base, clip, vae = model.load()
-    reader = evaluator.load_evaluator()
+    reader = load_reader()
 
-    def read(texts: Sequence[str]) -> list[evaluator.Reading]:
-        return evaluator.read(reader, evaluate.generate(base, clip, vae, texts, args.cfg, args.seed, args.sampling_steps))
+    def readings_of(texts: Sequence[str]) -> list[Reading]:
+        return read(reader, generate(base, clip, vae, texts, args.cfg, args.seed, args.sampling_steps))
 
     parts = [decompose(c.text, "subject").branches for c in captions]
     asked = [  # of which prompt, in which branch, which thing
@@ -195,26 +196,26 @@ def premise(captions: Sequence[world.Caption], args: argparse.Namespace) -> None
         for thing in caption.things
         if any(thing.noun in subject.text.split() for subject in branch.subjects)
     ]
-    whole, bare = read([c.text for c in captions]), read([b[1].text for b in parts])
-    alone = read([text for _, text, _ in asked])
+    whole, bare = readings_of([c.text for c in captions]), readings_of([b[1].text for b in parts])
+    alone = readings_of([text for _, text, _ in asked])
     details = {
         "the whole prompt": [_drawn(whole[i], thing) for i, _, thing in asked],
         "the sub-prompt with its details only": [_drawn(r, thing) for r, (_, _, thing) in zip(alone, asked, strict=True)],
     }
     print("\n| prompt | a thing and its details are right |\n|---|---|")
     for name, hits in details.items():
-        low, high = evaluate.interval(sum(hits), len(hits))
+        low, high = interval(sum(hits), len(hits))
         print(f"| {name} | {100 * sum(hits) / len(hits):.1f} % ({100 * low:.0f}-{100 * high:.0f}) |")
     print("\n| prompt | every noun is drawn |\n|---|---|")
     for name, readings in (("the whole prompt", whole), ("p1, without details", bare)):
         there = [
             all(any(f.noun == t.noun for f in r.things) for t in c.things) for r, c in zip(readings, captions, strict=True)
         ]
-        low, high = evaluate.interval(sum(there), len(there))
+        low, high = interval(sum(there), len(there))
         print(f"| {name} | {100 * sum(there) / len(there):.1f} % ({100 * low:.0f}-{100 * high:.0f}) |", flush=True)
 
 
-def _drawn(reading: evaluator.Reading, thing: world.Stated) -> bool:
+def _drawn(reading: Reading, thing: world.Stated) -> bool:
     said = {name: getattr(thing, name) for name in ("noun", "colour", "pattern") if getattr(thing, name) is not None}
     return any(all(getattr(found, name) == word for name, word in said.items()) for found in reading.things)
 

@@ -18,7 +18,6 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import comfy.sample
 import torch
 
 from ...demo import world
@@ -30,6 +29,7 @@ from ...hunt.log import Evaluations, Log
 from ...hunt.report import report, sheet, story, time_left
 from ...methods.headhunter import evaluations
 from ...patches import softpag
+from .shared.pictures import sample
 
 LIMIT = 0.6
 GPUS = (1, 8, 64)
@@ -43,21 +43,18 @@ def one_by_one(engine: Engine, sets: Sequence[HeadSet], images: Sequence[int], b
     for heads in sets:
         patched = softpag.apply(engine.given, s.scale, s.perturbation, s.start_percent, 1.0, 0.0, engine.heads(heads))
         for part in [images] if batch else [[i] for i in images]:
-            image = engine.latent[:1].repeat(len(part), 1, 1, 1)
-            noise = torch.cat([comfy.sample.prepare_noise(engine.latent[:1], s.seed + i) for i in part])
             positive = joined([engine.positives[i % len(engine.positives)] for i in part])
-            comfy.sample.sample(
+            sample(
                 patched,
-                noise,
+                positive,
+                engine.negative,
+                engine.latent[:1],
+                [s.seed + i for i in part],
                 s.steps,
                 s.cfg,
                 s.sampler_name,
                 s.scheduler,
-                positive,
-                engine.negative,
-                image,
-                disable_pbar=True,
-                seed=s.seed,
+                s.seed,
             )
 
 

@@ -17,7 +17,7 @@ from comfy.ldm.modules.attention import attention_pytorch
 from ...patches.hook.attention import model_sites
 from ...patches.hook.sites import select
 from ...patches.maps import record as maps
-from . import _sd15
+from .shared import speed
 
 AIM = 0.4
 UNLIMITED = 1 << 20  # MB
@@ -30,8 +30,8 @@ def fused(function: Any, *args: Any, **kwargs: Any) -> Any:
 
 def measure(model: comfy.model_patcher.ModelPatcher, latent: int, steps: int) -> int:
     """Peak bytes of a run beside the weights."""
-    with _sd15.Live() as live:
-        _sd15.stepper(model, steps, latent)()
+    with speed.Live() as live:
+        speed.stepper(model, steps, latent)()
     return live.peak
 
 
@@ -53,7 +53,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--kept", choices=list(maps.STEPS), default="mean", help="which steps' maps are kept, as in the node")
     args = parser.parse_args(argv)
     device = comfy.model_management.get_torch_device()
-    plain = _sd15.with_data(args.width, device)
+    plain = speed.with_data(args.width, device)
     plain.model_options["transformer_options"] = {"optimized_attention_override": fused}
     steps = f"{args.steps} step{'' if args.steps == 1 else 's'}"
     print(

@@ -1,8 +1,8 @@
 """What attention regulation costs on an SD1.5-shaped UNet, and what it does for prompts of several things on the bundled model.
 
-The effect: pictures of held-out prompts with and without it at the same seeds, read back by the evaluator. The words are the nouns.
+The effect: pictures of held-out prompts with and without it at the same seeds, read back by the reader. The words are the nouns.
 How much a picture changes is said twice, in place of LPIPS, for which the bundled model's world has no trained network: the root mean
-square difference of pixels in [0, 1], and the mean squared distance of the evaluator's features, each pixel's scaled to length 1.
+square difference of pixels in [0, 1], and the mean squared distance of the reader's features, each pixel's scaled to length 1.
 """
 
 from __future__ import annotations
@@ -19,14 +19,15 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ...demo import evaluate, model, world
-from ...demo import reader as evaluator
+from ...demo import model, world
+from ...demo.reader import Reader, Verdict, load_reader
 from ...language.words import Phrase, Words, prompt_words
 from ...patches import regulation
 from ...patches.hook.attention import model_sites
 from ...patches.hook.sites import select
-from . import _sd15
-from ._sd15 import PLAIN
+from .shared import speed
+from .shared.pictures import generate, interval, paired, verdicts
+from .shared.speed import PLAIN
 
 HALF = "regulation, half of the steps"
 LIMITS = {HALF: 1.12}
@@ -69,11 +70,11 @@ class Launches(TorchDispatchMode):
 
 def launches() -> float:
     """Kernels that one regulated layer adds to a step."""
-    plain = _sd15.with_data(32, torch.device("cpu"))
+    plain = speed.with_data(32, torch.device("cpu"))
     family, sites = model_sites(plain)
     counts = []
     for patched in (plain, regulation.apply(plain, WORDS, end_percent=1.0)):
-        run = _sd15.stepper(patched, 1, 16)
+        run = speed.stepper(patched, 1, 16)
         run()
         with Launches() as counter:
             run()
@@ -89,13 +90,13 @@ def draw(base: Any, clip: Any, vae: Any, captions: Sequence[world.Caption], cfg:
     out = []
     for i, caption in enumerate(captions):
         words = prompt_words(clip, caption.text, ", ".join(dict.fromkeys(t.noun for t in caption.things)))
-        out.append(evaluate.generate(patch(base, words), clip, vae, [caption.text], cfg, seed + i))
+        out.append(generate(patch(base, words), clip, vae, [caption.text], cfg, seed + i))
     return torch.cat(out)
 
 
 @torch.inference_mode()
-def change(reader: evaluator.Evaluator, before: Tensor, after: Tensor) -> tuple[float, float]:
-    """How much pictures ``[B, H, W, 3]`` differ: RMS of pixels, and distance of the evaluator's features."""
+def change(reader: Reader, before: Tensor, after: Tensor) -> tuple[float, float]:
+    """How much pictures ``[B, H, W, 3]`` differ: RMS of pixels, and distance of the reader's features."""
     features = []
     for pictures in (before, after):
         cells = reader.cells(pictures.permute(0, 3, 1, 2).float() * 2 - 1)
@@ -108,22 +109,22 @@ def change(reader: evaluator.Evaluator, before: Tensor, after: Tensor) -> tuple[
 def table(captions: Sequence[world.Caption], cfg: float, seed: int, rows: Sequence[tuple[str, Callable]]) -> None:
     """Shares with 95 % intervals, paired differences to the first row, and the change of the pictures."""
     base, clip, vae = model.load()
-    reader = evaluator.load_evaluator()
+    reader = load_reader()
     print("| variant | objects present | against plain | all bound | against plain | pixels | features | s a picture |")
     print("|---|---|---|---|---|---|---|---|")
-    first: tuple[Tensor, list[evaluator.Verdict]] | None = None
+    first: tuple[Tensor, list[Verdict]] | None = None
     for name, patch in rows:
         began = time.perf_counter()
         pictures = draw(base, clip, vae, captions, cfg, seed, patch)
         seconds = (time.perf_counter() - began) / len(captions)
-        found = evaluate.verdicts(pictures, captions)
+        found = verdicts(pictures, captions)
         plain, known = first = first or (pictures, found)
         cells = []
         for what in ("all_present", "all_bound"):
             answers, before = ([getattr(v, what) for v in verdicts] for verdicts in (found, known))
-            low, high = evaluate.interval(sum(answers), len(answers))
+            low, high = interval(sum(answers), len(answers))
             cells.append(f"{100 * sum(answers) / len(answers):.1f} % ({100 * low:.0f}-{100 * high:.0f})")
-            mean, low, high = (100 * x for x in evaluate.paired(before, answers))
+            mean, low, high = (100 * x for x in paired(before, answers))
             cells.append("" if found is known else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
         pixels, features = change(reader, plain, pictures)
         print(f"| {name} | {' | '.join(cells)} | {pixels:.3f} | {features:.3f} | {seconds:.2f} |", flush=True)
@@ -170,7 +171,7 @@ def main(argv: list[str]) -> int:
     own, rest = parser.parse_known_args(argv)
     if not own.effect_only:
         about = f"{__doc__} Also: --effect-only; of the second table --prompts, --things, --split, --cfg, --seed, and the node's settings."
-        _sd15.main("regulation", about, variants, LIMITS, rest, with_flops=False)
+        speed.main("regulation", about, variants, LIMITS, rest, with_flops=False)
         print(f"\nkernel launches per regulated layer and step: {launches():.0f} (limit {LAUNCHES})")
     if own.prompts:
         print(

@@ -8,11 +8,12 @@ from typing import Any
 
 import comfy.model_patcher
 
-from ...demo import evaluate, world
+from ...demo import world
 from ...patches import scfg
 from ...patches.maps import record as maps
-from . import _sd15
-from ._sd15 import PLAIN
+from .shared import speed
+from .shared.pictures import Variant, table
+from .shared.speed import PLAIN
 
 LIMITS = {"S-CFG": 1.10}
 
@@ -40,12 +41,12 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--split", choices=("test", "tune"), default="test")
     parser.add_argument("--cfg", type=float, default=5.0)
     own, rest = parser.parse_known_args(argv)
-    _sd15.main(
+    speed.main(
         "scfg", f"{__doc__} Also: --prompts, --split, --cfg of the second table.", variants, LIMITS, rest, with_flops=False
     )
     if own.prompts:
         print(f"\nThe bundled model, {own.prompts} held-out prompts of two things, 20 steps, the same seeds:")
-        rows = [evaluate.Variant("plain", lambda m: m, own.cfg)]
-        rows += [evaluate.Variant(f"S-CFG, {r}", partial(_patched, r), own.cfg) for r in scfg.REFERENCES]
-        evaluate.table(rows, world.prompts(own.split, own.prompts), 1000, 20)
+        rows = [Variant("plain", lambda m: m, own.cfg)]
+        rows += [Variant(f"S-CFG, {r}", partial(_patched, r), own.cfg) for r in scfg.REFERENCES]
+        table(rows, world.prompts(own.split, own.prompts), 1000, 20)
     return 0

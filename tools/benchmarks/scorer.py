@@ -15,9 +15,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ...demo import evaluate, model, world
+from ...demo import model, world
 from ...demo.scorer import DemoScorer
 from ..training.scorer import other, swapped, true
+from .shared.pictures import generate, interval, verdicts
 
 NEAR = ("colours swapped", "wrong colour", "wrong pattern", "wrong thing", "thing left out")
 
@@ -114,7 +115,7 @@ def without_one(scene: world.Scene) -> world.Scene:
 
 
 def _share(answers: Sequence[bool]) -> str:
-    low, high = evaluate.interval(sum(answers), len(answers))
+    low, high = interval(sum(answers), len(answers))
     return f"{100 * sum(answers) / len(answers):.1f} % ({100 * low:.0f}-{100 * high:.0f})"
 
 
@@ -145,8 +146,8 @@ def main(argv: list[str]) -> int:
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     if args.drawn:
         wanted = world.prompts("test", args.drawn)
-        drawn = evaluate.generate(*loaded, [c.text for c in wanted], 5.0, 1000)
-        right = [i for i, v in enumerate(evaluate.verdicts(drawn, wanted)) if v.all_bound]
+        drawn = generate(*loaded, [c.text for c in wanted], 5.0, 1000)
+        right = [i for i, v in enumerate(verdicts(drawn, wanted)) if v.all_bound]
         cosines = scorer.scores(drawn, [c.text for c in wanted])
         hits = retrieval(cosines, same(wanted))
         cells = [f"{100 * share:.1f} %" for share in hits]

@@ -1,4 +1,4 @@
-"""How well attention finds the things of a picture: overlap of word masks with the regions that the evaluator sees.
+"""How well attention finds the things of a picture: overlap of word masks with the regions that the reader sees.
 
 Pictures of held-out prompts are made with the bundled model; each noun's mask from Attention Segmentation is held against the
 drawn things of that noun.
@@ -12,11 +12,12 @@ import math
 import torch
 from torch import Tensor
 
-from ...demo import evaluate, model, world
-from ...demo import reader as evaluator
+from ...demo import model, world
+from ...demo.reader import load_reader, read, regions
 from ...language.words import prompt_words
 from ...methods import maps as maths
 from ...patches.maps import record as maps
+from .shared.pictures import generate
 
 POWERS = {"with completion": 4, "without completion": 0}
 
@@ -29,14 +30,14 @@ def overlap(mask: Tensor, region: Tensor) -> float:
 def measure(captions: list[world.Caption], seed: int, cfg: float, steps: int, batch: int = 25) -> dict[str, list[float]]:
     """The IoU of every noun that was drawn, per variant."""
     base, clip, vae = model.load()
-    reader = evaluator.load_evaluator()
+    reader = load_reader()
     found: dict[str, list[float]] = {name: [] for name in POWERS}
     for start in range(0, len(captions), batch):
         part = captions[start : start + batch]
         patched, held = maps.apply(base, kind="both", precision="fp32")
-        pictures = evaluate.generate(patched, clip, vae, [c.text for c in part], cfg, seed + start, steps, batch)
+        pictures = generate(patched, clip, vae, [c.text for c in part], cfg, seed + start, steps, batch)
         record = held.record()
-        drawn = list(zip(evaluator.read(reader, pictures), evaluator.regions(reader, pictures), strict=True))
+        drawn = list(zip(read(reader, pictures), regions(reader, pictures), strict=True))
         for name, powers in POWERS.items():
             tokens = maps.token_maps(record, None, powers, 0.5)
             for i, (caption, (reading, areas)) in enumerate(zip(part, drawn, strict=True)):

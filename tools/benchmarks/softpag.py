@@ -8,8 +8,8 @@ from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from ...patches import softpag
 from ...patches.hook.attention import model_sites
 from ...patches.hook.sites import select
-from . import _sd15
-from ._sd15 import PLAIN
+from .shared import speed
+from .shared.speed import PLAIN
 
 LIMITS = {"SoftPAG, middle block": 1.38, "SoftPAG, last block": 1.10, "SoftPAG, outside its span": 1.0}
 
@@ -29,4 +29,4 @@ def variants(plain: comfy.model_patcher.ModelPatcher) -> dict[str, comfy.model_p
 
 def main(argv: list[str]) -> int:
     """Print the table."""
-    return _sd15.main("softpag", __doc__, variants, LIMITS, argv)
+    return speed.main("softpag", __doc__, variants, LIMITS, argv)

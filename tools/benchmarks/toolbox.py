@@ -1,6 +1,6 @@
 """What the attention tools cost on an SD1.5-shaped UNet, and what they do for prompts on the bundled model.
 
-Presence and binding are the evaluator's, CLIP-T is the demo scorer's cosine with the prompt, and diversity is its mean distance between the
+Presence and binding are the reader's, CLIP-T is the demo scorer's cosine with the prompt, and diversity is its mean distance between the
 pictures of a prompt.
 """
 
@@ -16,7 +16,7 @@ from typing import Any
 import comfy.model_patcher
 from torch import Tensor
 
-from ...demo import evaluate, model, world
+from ...demo import model, world
 from ...demo.scorer import DemoScorer
 from ...language.phrases import fusable
 from ...language.words import Words, prompt_words
@@ -25,8 +25,10 @@ from ...patches import fusion, gate, headfilter, refine, structure
 from ...patches.hook.attention import model_sites
 from ...patches.hook.sites import Heads
 from ...scoring.scorers import Scorer
-from . import _sd15, regulation
-from ._sd15 import PLAIN
+from . import regulation
+from .shared import speed
+from .shared.pictures import generate, paired, verdicts
+from .shared.speed import PLAIN
 
 FUSION, ZERO, MEAN = "fusion, two phrases", "filter, half of all heads, zero", "filter, half of all heads, mean"
 UNIFORM, REFINE, EVERY = "filter, half of all heads, uniform", "refinement, two phrases", "refinement, every token"
@@ -96,7 +98,7 @@ def effect(args: argparse.Namespace) -> None:
     captions = world.prompts(args.split, args.prompts, args.things)
     base, clip, vae = model.load()
     scorer = DemoScorer()
-    chosen = _sd15.named({t.name: t for t in tools(scorer, vae, args)}, args.rows).values()
+    chosen = speed.named({t.name: t for t in tools(scorer, vae, args)}, args.rows).values()
     first: dict[str, list[float]] = {}
     seconds = 0.0
     print("| tool | all present | against plain | all bound | against plain | CLIP-T | against plain | diversity kept | time |")
@@ -109,13 +111,13 @@ def effect(args: argparse.Namespace) -> None:
             words = fusable(prompt_words(clip, caption.text))
             patched, texts = tool.patch(base, words), [caption.text] * args.pictures
             seed = args.seed + i * args.pictures
-            pictures.append(evaluate.generate(patched, clip, vae, texts, args.cfg, seed, after=tool.after))
+            pictures.append(generate(patched, clip, vae, texts, args.cfg, seed, after=tool.after))
         took = time.perf_counter() - began
         for caption, drawn in zip(captions, pictures, strict=True):
-            verdicts = evaluate.verdicts(drawn, [caption] * len(drawn))
+            judged = verdicts(drawn, [caption] * len(drawn))
             seen = scorer.features(drawn)
-            found["present"].append(statistics.mean(v.all_present for v in verdicts))
-            found["bound"].append(statistics.mean(v.all_bound for v in verdicts))
+            found["present"].append(statistics.mean(v.all_present for v in judged))
+            found["bound"].append(statistics.mean(v.all_bound for v in judged))
             found["clip_t"].append(float((seen @ scorer.text_features([caption.text]).T).mean()))
             found["diversity"].append(scores.diversity(seen))
         first, seconds = first or found, seconds or took
@@ -123,7 +125,7 @@ def effect(args: argparse.Namespace) -> None:
         for name, percent in (("present", True), ("bound", True), ("clip_t", False)):
             factor = 100 if percent else 1
             cells.append(f"{100 * statistics.mean(found[name]):.1f} %" if percent else f"{statistics.mean(found[name]):.3f}")
-            mean, low, high = (factor * x for x in evaluate.paired(first[name], found[name]))
+            mean, low, high = (factor * x for x in paired(first[name], found[name]))
             form = ".1f" if percent else ".3f"
             cells.append("" if found is first else f"{mean:+{form}} ({low:+{form}} to {high:+{form}})")
         kept = 100 * statistics.mean(found["diversity"]) / statistics.mean(first["diversity"])
@@ -156,7 +158,7 @@ def main(argv: list[str]) -> int:
             f"{__doc__} Also: --cost-only, --effect-only; of the effect --prompts, --pictures, --things, --split, --cfg, --seed, "
             "--strength of the fusion, and the gate's settings; of both --rows."
         )
-        _sd15.main("toolbox", about, lambda plain: _sd15.named(variants(plain), own.rows), LIMITS, rest)
+        speed.main("toolbox", about, lambda plain: speed.named(variants(plain), own.rows), LIMITS, rest)
     if not own.cost_only:
         print(
             f"\nThe bundled model, {own.prompts} prompts of {own.things} things ({own.split}), {own.pictures} pictures each, 20 steps, cfg "

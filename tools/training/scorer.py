@@ -7,17 +7,23 @@ noun. What a changed scene would be is thrown away when it belongs to the split 
 from __future__ import annotations
 
 import itertools
+import json
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
+from safetensors.torch import save
 from torch import Tensor, nn
 
-from ...demo import world
-from ...demo.scorer import WIDTH, DualEncoder, PictureTower, Vocabulary
+from ...demo import model, world
+from ...demo.scorer import WEIGHTS, WIDTH, DualEncoder, PictureTower, Vocabulary
+from .layouts import LayoutReading
+from .pool import make_pool
+from .stage import Stage
 
 # --- texts ----------------------------------------------------------------------------------------------------------
 
@@ -73,7 +79,7 @@ def phrase(scene: world.Scene, rng: np.random.Generator) -> world.Caption:
         words.append(thing.noun)
         caption = world.Caption("", (world.Stated(thing.noun, colour, pattern),))
     text = " ".join(w for w in words if w)
-    return replace(caption, text=world._article(text) if rng.random() < 0.5 else text)
+    return replace(caption, text=world.article(text) if rng.random() < 0.5 else text)
 
 
 def part(scene: world.Scene, rng: np.random.Generator) -> world.Scene:
@@ -260,13 +266,11 @@ def vocabulary() -> Vocabulary:
 
 def train_scorer(latents: Tensor, scenes: Sequence[world.Scene], minutes: float, batch: int = 64) -> DualEncoder:
     """Both towers on the pool's latents ``[N, 4, 16, 16]``. The picture's features also learn what is where, as the denoiser's do."""
-    from .shapes import Reading, Stage
-
     torch.manual_seed(6)
     encoder = DualEncoder(vocabulary())
     encoder.picture = encoder.picture.to(memory_format=torch.channels_last)
-    reading, together = Reading(), Together()
-    layouts, table = Reading.truth(list(scenes))
+    reading, together = LayoutReading(), Together()
+    layouts, table = LayoutReading.truth(list(scenes))
     stage = Stage("scorer", {"scorer": encoder, "reading": reading, "together": together}, minutes, 1.5e-3)
     torch.manual_seed(6 + stage.step)
     rng = np.random.default_rng([6, stage.step])
@@ -309,3 +313,22 @@ def train_scorer(latents: Tensor, scenes: Sequence[world.Scene], minutes: float,
     averaged = stage.average["scorer"]
     assert isinstance(averaged, DualEncoder)
     return averaged.eval()
+
+
+def store(encoder: DualEncoder, path: Path, command: str) -> None:
+    """Write the weights in half precision, with the words and where they come from."""
+    state = {k: v.half().contiguous() for k, v in encoder.state_dict().items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    words = json.dumps(encoder.vocabulary.words)
+    metadata = {"data_version": world.DATA_VERSION, "command": command, "words": words}
+    path.write_bytes(save(state, metadata))
+
+
+def train_and_store(pool: int, minutes: float, command: str) -> None:
+    """Train the scorer on latents of the shipped autoencoder, and write its file."""
+    autoencoder = model.autoencoder().eval()
+    autoencoder.load_state_dict(model.stored()["autoencoder"])
+    pools = [make_pool(autoencoder, pool), make_pool(autoencoder, pool // 8, "tune")]
+    latents, scenes = torch.cat([p[0] for p in pools]), [s for p in pools for s in p[1]]
+    store(train_scorer(latents, scenes, minutes), WEIGHTS, command)
+    print(f"saved {WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.1f} MB", flush=True)

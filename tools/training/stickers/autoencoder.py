@@ -11,8 +11,9 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ....demo.model import LATENT_SCALE
 from ....demo.stickers import model, reader, world
-from ..shapes import LATENT_SCALE, Stage, initialise
+from ..stage import Stage, initialise
 from . import dataset
 from .reader import as_tensor as unit
 from .sources import WORK

@@ -12,7 +12,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ....demo.stickers import model, world
-from ..shapes import Stage, Words, initialise, plain_attention
+from ..stage import Stage, initialise, plain_attention
+from ..text import Words
 from . import dataset
 from .autoencoder import latents
 

@@ -17,7 +17,7 @@ from torch import Tensor
 from ....demo.stickers import reader as reading
 from ....demo.stickers import world
 from ....demo.stickers.reader import CELL, SURE, WIDTH, Maps, Reader
-from ..shapes import Stage
+from ..stage import Stage
 from . import dataset
 
 IGNORED = -100

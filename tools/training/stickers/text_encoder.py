@@ -13,7 +13,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ....demo.stickers import model, world
-from ..shapes import Stage, Words, encode, initialise
+from ..stage import Stage, initialise
+from ..text import Words, encode
 from . import dataset
 
 WEIGHTS = model.WEIGHTS / "text.safetensors"

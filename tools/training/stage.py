@@ -1,0 +1,103 @@
+"""What the trainings share: one training loop with checkpoints, how layers start, and attention that trains fast on a CPU."""
+
+from __future__ import annotations
+
+import copy
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+CHECKPOINTS = Path(__file__).parents[2] / ".runtime" / "training"
+
+
+def initialise(module: nn.Module, seed: int) -> None:
+    """ComfyUI's layers come uninitialised; give every one the usual start."""
+    generator = torch.Generator().manual_seed(seed)
+    for layer in module.modules():
+        weight = getattr(layer, "weight", None)
+        if not isinstance(weight, Tensor):
+            continue
+        with torch.no_grad():
+            if isinstance(layer, nn.Embedding):
+                weight.normal_(0, 0.02, generator=generator)
+            elif weight.ndim == 1:
+                weight.fill_(1)
+            else:
+                weight.normal_(0, weight[0].numel() ** -0.5, generator=generator)
+            if getattr(layer, "bias", None) is not None:
+                layer.bias.zero_()
+
+
+class Stage:
+    """One training loop: a cosine schedule by time spent, checkpoints every few minutes, an average of the weights.
+
+    Time is what this thread has worked, so that a machine busy with other things makes training longer, not worse.
+    """
+
+    def __init__(self, name: str, modules: dict[str, nn.Module], minutes: float, rate: float, decay: float = 0.999):
+        self.name, self.modules, self.seconds, self.rate, self.decay = name, modules, minutes * 60, rate, decay
+        self.path = CHECKPOINTS / f"{name}.pt"
+        self.average = copy.deepcopy(nn.ModuleDict(modules)).requires_grad_(False)
+        self.live = nn.ModuleDict(modules)
+        self.optimiser = torch.optim.AdamW(self.live.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
+        self.step, self.spent = 0, 0.0
+        if self.path.exists():
+            saved = torch.load(self.path, weights_only=True)
+            self.live.load_state_dict(saved["live"])
+            self.average.load_state_dict(saved["average"])
+            self.optimiser.load_state_dict(saved["optimiser"])
+            self.step, self.spent = saved["step"], saved["spent"]
+
+    @property
+    def done(self) -> bool:
+        return self.spent >= self.seconds
+
+    def save(self) -> None:
+        CHECKPOINTS.mkdir(parents=True, exist_ok=True)
+        state = {"live": self.live.state_dict(), "average": self.average.state_dict(), "optimiser": self.optimiser.state_dict()}
+        temporary = self.path.with_suffix(".tmp")
+        torch.save({**state, "step": self.step, "spent": self.spent}, temporary)
+        temporary.replace(self.path)
+
+    def run(self, loss: Callable[[int], tuple[Tensor, dict[str, float]]], batch: int) -> None:
+        """Call ``loss(step)`` until the time is spent."""
+        began, saved_at, said, window = time.thread_time() - self.spent, self.spent, self.spent, self.step
+        while not self.done:
+            progress = self.spent / self.seconds
+            warm = min(1.0, (self.step + 1) / 200)
+            for group in self.optimiser.param_groups:
+                group["lr"] = self.rate * warm * (0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * progress)))
+            value, notes = loss(self.step)
+            self.optimiser.zero_grad(set_to_none=True)
+            value.backward()
+            nn.utils.clip_grad_norm_(self.live.parameters(), 1.0)
+            self.optimiser.step()
+            keep = min(self.decay, (1 + self.step) / (10 + self.step))
+            averaged: list[Tensor] = list(self.average.parameters())
+            live: list[Tensor] = list(self.live.parameters())
+            torch._foreach_lerp_(averaged, live, 1 - keep)
+            self.step += 1
+            self.spent = time.thread_time() - began
+            if self.spent - said > 30:
+                speed = (self.step - window) * batch / (self.spent - said)
+                words = "  ".join(f"{k} {v:.4f}" for k, v in notes.items())
+                print(
+                    f"{self.name}: {self.spent / 60:5.1f} of {self.seconds / 60:.0f} min, step {self.step}, {speed:.0f}/s  {words}",
+                    flush=True,
+                )
+                said, window = self.spent, self.step
+            if self.spent - saved_at > 90:
+                self.save()
+                saved_at = self.spent
+        self.save()
+
+
+def plain_attention(function: object, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: object, **kwargs: object) -> Tensor:
+    """softmax(QKᵀ/√d)V written out: the CPU's flash attention is slow backwards at these sizes, the compiler fuses this."""
+    q, k, v = (t.view(t.shape[0], t.shape[1], heads, -1).transpose(1, 2) for t in (q, k, v))
+    weights = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1).to(v.dtype)
+    return (weights @ v).transpose(1, 2).flatten(2)
