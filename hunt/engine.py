@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import io
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from typing import Any
 
 import comfy.model_management
@@ -23,7 +23,7 @@ from ..patches.hook.attention import KEY as REQUESTS
 from ..patches.hook.attention import ModelPatcher, Span, install, model_sites
 from ..patches.hook.sites import Heads
 from ..patches.prompts import refuse
-from ..patches.softpag import Perturbation
+from ..patches.softpag import Perturbation, scale_of
 from ..scoring.scorers import Scorer
 from .batches import ROWS, Batch, HeadSet, alike, batches, joined, tiled
 from .identity import Identity, Patched, identity
@@ -69,6 +69,7 @@ class Engine:
         _refuse_readers(model)
         refuse(model, "HeadHunter")
         self.family, self.sites = model_sites(model)
+        settings = replace(settings, scale=scale_of(self.family, settings.scale))
         self.by_name = {site.name: site for site in self.sites}
         self.given, self.vae, self.negative, self.scorers, self.settings = model, vae, negative, tuple(scorers), settings
         self.positives, self.texts = list(positives), list(texts)
@@ -207,8 +208,8 @@ def _refuse_readers(model: ModelPatcher) -> None:
     asked = model.model_options.get("transformer_options", {}).get(REQUESTS, ())
     if any(r.verb in ("read", "share") for r in asked):
         raise ValueError(
-            "HeadHunter: on this model a node reads or shares attention maps (Semantic-aware CFG, Attention Maps, Detail++), and a search "
-            "draws many pictures in one batch. Connect the model from before that node."
+            "HeadHunter: on this model a node reads or shares attention maps (Semantic-aware CFG, Capture Attention Maps, Detail++), and a "
+            "search draws many pictures in one batch. Connect the model from before that node."
         )
 
 

@@ -10,6 +10,7 @@ import comfy.samplers
 
 from ..methods.headhunter import harmonic_mean
 from ..patches.samplers import needs
+from ..patches.softpag import AUTOMATIC
 
 Ranking: TypeAlias = Callable[[Sequence[float]], float]  # scores of all scorers to what a head set is worth
 
@@ -18,7 +19,7 @@ Ranking: TypeAlias = Callable[[Sequence[float]], float]  # scores of all scorers
 class Settings:
     """The sampler's numbers and SoftPAG's, as their nodes have them.
 
-    ``cfg`` is 1, no guidance but SoftPAG's, as in the paper; ``tokens`` of joint attention are SoftPAG's.
+    ``cfg`` is 1, no guidance but SoftPAG's, as in the paper; ``scale`` may be `AUTOMATIC`, the model family's own.
     """
 
     seed: int = 0
@@ -26,7 +27,7 @@ class Settings:
     cfg: float = 1.0
     sampler_name: str = "euler"
     scheduler: str = "normal"
-    scale: float = 3.0
+    scale: float = AUTOMATIC
     perturbation: float = 1.0
     start_percent: float = 0.0
 

@@ -15,10 +15,11 @@ from comfy_api.latest import io
 from ..hunt.engine import Engine
 from ..hunt.head_files import HeadFile
 from ..hunt.log import Log, log_path
-from ..hunt.prompts import prompt_in_graph, texts_of
+from ..hunt.prompts import lines_of, products, prompt_in_graph, texts_of
 from ..hunt.report import image, report, story, time_left
 from ..hunt.search import search
-from ..hunt.settings import CUSTOM, PRESETS, Plan, Settings
+from ..hunt.settings import CUSTOM, PRESETS, RANKINGS, Plan, Settings
+from ..patches.softpag import AUTOMATIC
 from ..server import layouts
 from .base import AttuneNode
 from .heads import AttuneHeadsType
@@ -92,8 +93,8 @@ class AttuneHeadHunter(AttuneNode):
                     default=8,
                     min=1,
                     max=100000,
-                    tooltip="Pictures that every candidate is judged by; picture i has the seed plus i. "
-                    "Few pictures find noise; the paper takes 100.",
+                    tooltip="Pictures (pairs of prompt and seed) that every candidate is judged by; picture i has the seed plus i. "
+                    "Few pictures find noise; the paper takes 20 for quality and 5 for a style.",
                 ),
                 io.Int.Input(
                     "seed",
@@ -106,18 +107,32 @@ class AttuneHeadHunter(AttuneNode):
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps of a picture."),
                 io.Float.Input(
                     "cfg",
-                    default=5.0,
+                    default=Settings.cfg,
                     min=0.0,
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="As for a KSampler. Use what you draw with.",
+                    tooltip="1 is no CFG, as in the paper: then the picture shows what the heads do, and costs half. What is found serves "
+                    "with CFG too.",
                 ),
                 io.Combo.Input("sampler_name", options=list(comfy.samplers.KSampler.SAMPLERS), tooltip="As for a KSampler."),
                 io.Combo.Input("scheduler", options=list(comfy.samplers.KSampler.SCHEDULERS), tooltip="As for a KSampler."),
-                io.Float.Input("scale", default=3.0, min=0.0, max=100.0, step=0.1, round=0.01, tooltip="SoftPAG's scale."),
                 io.Float.Input(
-                    "perturbation", default=1.0, min=0.0, max=1.0, step=0.01, tooltip="SoftPAG's perturbation (u in the paper)."
+                    "scale",
+                    default=Settings.scale,
+                    min=AUTOMATIC,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="SoftPAG's scale. -1 is the model's own, as in the paper: 3, and 8 for FLUX.",
+                ),
+                io.Float.Input(
+                    "perturbation",
+                    default=Settings.perturbation,
+                    min=0.0,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="SoftPAG's perturbation (u in the paper). 1 shows best what a head does; make it less when you use the heads.",
                 ),
                 io.String.Input(
                     "name",
@@ -149,6 +164,47 @@ class AttuneHeadHunter(AttuneNode):
                     optional=True,
                     force_input=True,
                     tooltip="The prompts in words, for an empty objective, where they are not written in a CLIP Text Encode: from Prompt List.",
+                ),
+                AttuneScorerType.Input(
+                    "scorer_2", optional=True, tooltip="A second opinion on every picture, for the rankings that take one."
+                ),
+                AttuneScorerType.Input(
+                    "scorer_3", optional=True, tooltip="A third opinion, for the ranking “above thresholds”."
+                ),
+                io.Combo.Input(
+                    "ranking",
+                    options=list(RANKINGS),
+                    default=Plan.ranking,
+                    optional=True,
+                    tooltip="What makes a head good. scorer: the first scorer's score. harmonic mean: of the first two, which must be of "
+                    "about the same size. above thresholds: the first scorer's score, among heads whose other scores reach the thresholds.",
+                ),
+                io.Float.Input(
+                    "threshold_2",
+                    default=0.0,
+                    min=-1000.0,
+                    max=1000.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="For “above thresholds”: what scorer_2 must give a head that may join, on average. In the paper PickScore 20. "
+                    "May be changed in a search that is done: its scores are in the log.",
+                ),
+                io.Float.Input(
+                    "threshold_3",
+                    default=0.0,
+                    min=-1000.0,
+                    max=1000.0,
+                    step=0.01,
+                    optional=True,
+                    tooltip="For “above thresholds”: what scorer_3 must give, as threshold_2. In the paper 6, by an aesthetic scorer.",
+                ),
+                io.Combo.Input(
+                    "preset",
+                    options=list(PRESETS),
+                    default=CUSTOM,
+                    optional=True,
+                    tooltip="How much is searched. custom: rounds, heads_per_round and images_per_candidate as set above. As in the paper "
+                    "instead: quality, 1 round of 24 heads by 20 pictures; style, 5 rounds of 3 heads by 5 pictures.",
                 ),
             ],
             outputs=[
@@ -219,6 +275,14 @@ class AttunePromptList(AttuneNode):
                 io.String.Input(
                     "text", default="", multiline=True, tooltip="A prompt on every line. Empty lines are left out."
                 ),
+                io.String.Input(
+                    "styles",
+                    default="",
+                    multiline=True,
+                    optional=True,
+                    tooltip="For heads that bring out a style: a style on every line. Every prompt is then drawn in every style, as “style, "
+                    "prompt”.",
+                ),
             ],
             outputs=[
                 io.Conditioning.Output(
@@ -229,10 +293,10 @@ class AttunePromptList(AttuneNode):
         )
 
     @classmethod
-    def execute(cls, clip, text) -> io.NodeOutput:
+    def execute(cls, clip, text, styles="") -> io.NodeOutput:
         if clip is None:
             raise ValueError("Prompt List: there is no text encoder: this checkpoint has none, so load a CLIP on its own.")
-        lines = [line.strip() for line in text.splitlines() if line.strip()]
+        lines = products(lines_of(styles), lines_of(text))
         if not lines:
             raise ValueError("Prompt List: write at least one prompt, one on every line.")
         return io.NodeOutput([clip.encode_from_tokens_scheduled(clip.tokenize(line)) for line in lines], lines)

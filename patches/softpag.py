@@ -25,6 +25,20 @@ from .hook.attention import (
 )
 from .hook.sites import Heads, Site, check, select
 
+AUTOMATIC = -1.0  # of a scale or a perturbation: what is usual for the model's family
+_SCALES = {"unet": 3.0, "sd3": 3.0, "flux": 8.0}  # section D.1 of the paper; a UNet's is PAG's
+_PERTURBATIONS = {"unet": 1.0, "sd3": 0.5, "flux": 0.5}  # figure 11; a UNet's is PAG's
+
+
+def scale_of(family: str, scale: float) -> float:
+    """The scale itself, or the family's own for a negative one."""
+    return _SCALES[family] if scale < 0 else scale
+
+
+def perturbation_of(family: str, perturbation: float) -> float:
+    """The perturbation itself, or the family's own for a negative one."""
+    return _PERTURBATIONS[family] if perturbation < 0 else perturbation
+
 
 @dataclass(frozen=True)
 class Perturbation:

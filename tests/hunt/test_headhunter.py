@@ -24,15 +24,18 @@ from attune.hunt.engine import Engine
 from attune.hunt.files import file_name
 from attune.hunt.log import Log
 from attune.hunt.prompts import prompt_in_graph, texts_of
+from attune.hunt.report import report, story
 from attune.hunt.search import search
 from attune.hunt.settings import Plan, Settings
 from attune.methods import headhunter as maths
-from attune.nodes.headhunter import AttuneHeadHunter
+from attune.nodes.headhunter import AttuneHeadHunter, AttunePromptList
 from attune.nodes.heads import AttuneLoadHeads, AttuneSaveHeads
+from attune.nodes.scfg import AttuneSemanticCFG
 from attune.patches import softpag
 from attune.patches.hook import prefix_cache
 from attune.patches.hook.attention import model_sites
 from attune.patches.hook.sites import select
+from attune.patches.maps import record
 from attune.scoring.scorers import Scorer
 from attune.tests import families
 from attune.tests.helpers import close
@@ -280,11 +283,11 @@ def test_settings_that_cannot_work_are_refused():
 # --- the log --------------------------------------------------------------------------------------------------------------
 
 
-def hunted(path, engine, rounds=2, k=1, images=4, halving=0, candidates="input.3.0 middle.0.0", **more):
+def hunted(path, engine, rounds=2, k=1, images=4, halving=0, candidates="input.3.0 middle.0.0", ranking="scorer", **more):
     log = Log(path)
     heads = select(candidates, engine.sites, engine.family)
     try:
-        return search(engine, log.evaluations(engine.identities()), Plan(rounds, k, images, halving), heads, **more)
+        return search(engine, log.evaluations(engine.identities()), Plan(rounds, k, images, halving, ranking), heads, **more)
     finally:
         log.close()
 
@@ -458,6 +461,100 @@ def test_a_log_that_is_none_and_scores_that_are_none(tmp_path):
         search(engine_of("sd15", QUICK), None, Plan(1, 1, 4), other)
 
 
+class Brightness(Scorer):
+    """Likes bright pictures, whatever the text."""
+
+    name = key = "brightness"
+
+    def scores(self, images, texts):
+        return images.mean((1, 2, 3))[:, None].repeat(1, len(texts))
+
+
+def test_rankings_by_several_scorers(tmp_path):
+    """Against brute force over pictures made one by one."""
+    every = [("middle.0.0", h) for h in range(4)]
+
+    def engine():
+        made = engine_of("sd15", QUICK)
+        made.scorers = (Contrast(), Brightness())
+        return made
+
+    def means(chosen):
+        pictures = torch.cat([Vae().decode(alone(engine(), tuple(chosen), i)) for i in range(2)])
+        return [float(scorer.scores(pictures, ["text"])[:, 0].double().mean()) for scorer in engine().scorers]
+
+    def ranked(**plan):
+        made, log = engine(), Log(tmp_path / "log.sqlite")
+        heads = select("middle.0.0", made.sites, made.family)
+        try:
+            return search(made, log.evaluations(made.identities()), Plan(2, 1, 2, **plan), heads), made
+        finally:
+            log.close()
+
+    def harmonic(chosen, count):
+        a, b = means(chosen)
+        return 2 * a * b / (a + b)
+
+    found, made = ranked(ranking="harmonic mean")
+    assert found.hunt.heads == brute_force(harmonic, every, 2, 1, 2)
+    assert found.means[-1] == pytest.approx(means(found.hunt.heads), abs=1e-5)
+    assert "harmonic mean" in report(made, found, "x") and story(made, found, "x")["ranking"] == "harmonic mean"
+    first = {head: means([head]) for head in every}
+    order = sorted(second for _, second in first.values())
+    best = []
+    for passing in (1, 2, 3):
+        limit = (order[-passing] + order[-passing - 1]) / 2
+        found, _ = ranked(ranking="above thresholds", thresholds=(limit,))
+        best.append(max((h for h in every if first[h][1] >= limit), key=lambda head: first[head][0]))
+        assert found.hunt.rounds[0].chosen == (best[-1],)
+    assert len(set(best)) > 1
+    with pytest.raises(ValueError, match=r"no head passes the thresholds .*best scores are .*Lower the thresholds"):
+        ranked(ranking="above thresholds", thresholds=(9.0,))
+    with pytest.raises(ValueError, match="no ranking “best”"):
+        ranked(ranking="best")
+    with pytest.raises(ValueError, match="needs a threshold for each"):
+        ranked(ranking="above thresholds")
+    with pytest.raises(ValueError, match="needs 2 scorers"):
+        hunted(tmp_path / "one.sqlite", engine_of("sd15", QUICK), ranking="harmonic mean")
+
+
+def test_a_second_scorer_does_not_make_another_search_of_the_first(tmp_path):
+    hunted(tmp_path / "log.sqlite", engine_of("sd15", QUICK), rounds=1)
+    engine = engine_of("sd15", QUICK)
+    engine.scorers = (Brightness(), Contrast())
+    both = hunted(tmp_path / "log.sqlite", engine, rounds=1)
+    assert both.computed  # the second scorer has not seen the pictures
+    again = hunted(tmp_path / "log.sqlite", engine_of("sd15", QUICK), rounds=1)
+    assert again.computed == 0
+
+
+def test_pictures_of_other_settings_are_told_of(tmp_path):
+    engine = engine_of("sd15", QUICK)
+    hunted(tmp_path / "log.sqlite", engine, rounds=1)
+    other = engine_of("sd15", dataclasses.replace(QUICK, scale=2.5))
+    found = hunted(tmp_path / "log.sqlite", other, rounds=1)
+    assert "The log also holds" in report(other, found, "x") and found.of_others == found.computed
+
+
+@pytest.mark.parametrize("node", ["Semantic-aware CFG", "Attention Maps"])
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_a_model_with_maps_that_are_read_is_refused_before_the_first_step(node, name):
+    model = families.shared(name)
+    if node == "Attention Maps":
+        model = record.apply(model, None, "self", "mean", "fp16", "device", 64)[0]
+    else:
+        model = AttuneSemanticCFG.execute(model, "foreground", 0.8, 3.0, 15.0, 4, 0.5, 0.0, 1.0).result[0]
+    with pytest.raises(ValueError, match="Connect the model from before that node"):
+        engine_of(name, model=model)
+
+
+def test_the_scale_is_the_familys_own():
+    for name, scale in (("sd15", 3.0), ("sd3", 3.0), ("flux", 8.0)):
+        assert engine_of(name, Settings(steps=1)).settings.scale == scale
+        assert engine_of(name, Settings(steps=1, scale=1.5)).settings.scale == 1.5
+    assert Settings().cfg == 1.0
+
+
 # --- head sets, nodes, the command --------------------------------------------------------------------------------------------
 
 
@@ -574,6 +671,24 @@ def test_the_node(user):
         run_node(objective="a\nb\nc")
     with pytest.raises(ValueError, match="file's name"):
         run_node(name="../x")
+    with pytest.raises(ValueError, match="24 conditionings need images_per_candidate"):
+        run_node(preset="quality", positive=[families.text(1)] * 24)
+    styled = run_node(preset="style", name="style").result
+    assert len(styled[0]) == 4 and "5 pictures of 2 prompts" in styled[2]  # the middle block has no more heads
+
+
+def test_prompts_are_products_of_styles_and_contents():
+    class Clip:
+        def tokenize(self, text):
+            return text
+
+        def encode_from_tokens_scheduled(self, tokens):
+            return families.text(len(tokens))
+
+    positives, prompts = AttunePromptList.execute(Clip(), "a cat\n\na dog\n", "golden hour\nline art\n").result
+    assert prompts == ["golden hour, a cat", "golden hour, a dog", "line art, a cat", "line art, a dog"]
+    assert len(positives) == 4
+    assert AttunePromptList.execute(Clip(), "a cat\na dog").result[1] == ["a cat", "a dog"]
 
 
 def test_prompts_are_read_from_the_graph():
@@ -621,6 +736,7 @@ def test_the_command(user, tmp_path, capsys):
         ({"round": 2}, "“round”, which is not known"),
         ({"prompts": []}, "no prompts"),
         ({"scorer": "magic"}, "scorer is “magic”"),
+        ({"preset": "huge"}, "no preset “huge”"),
         ({"model": "none.safetensors"}, "there is no “none.safetensors”"),
     ):
         config.write_text(json.dumps({**CONFIG, **change}))

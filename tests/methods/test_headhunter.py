@@ -101,3 +101,29 @@ def test_a_search_of_nothing_is_an_error():
         maths.hunt([1], lambda s, n: [0.0], 0, 1, 1)
     with pytest.raises(ValueError, match="not a number"):
         maths.hunt([1], lambda s, n: [math.nan] * len(s), 1, 1, 1)
+
+
+def test_only_eligible_heads_join():
+    """A round takes fewer where fewer may join, and the search ends where none may; the best of them by brute force."""
+    score = objective(5)
+    allowed = {1, 4, 7}
+
+    def evaluate(sets, count):
+        return [score(s, count) for s in sets]
+
+    def eligible(sets, count):
+        return [s[-1] in allowed for s in sets]
+
+    for halving in (0, 2):
+        found = maths.hunt(range(12), evaluate, 4, 2, 8, halving, eligible)
+        assert set(found.heads) == allowed and [len(r.chosen) for r in found.rounds] == [2, 1]
+        assert all(set(r.scores) >= set(range(12)) - set(found.heads) for r in found.rounds)
+        values = {h: score([h], 8) for h in allowed}
+        assert found.rounds[0].chosen == tuple(sorted(allowed, key=lambda h: -values[h])[:2])
+    assert maths.hunt(range(12), evaluate, 4, 2, 8, 0, lambda sets, n: [False] * len(sets)).rounds == ()
+
+
+def test_harmonic_mean():
+    assert maths.harmonic_mean(20.0, 30.0) == pytest.approx(24.0)
+    assert maths.harmonic_mean(3.0, 3.0) == 3.0
+    assert maths.harmonic_mean(-1.0, 1.0) == maths.harmonic_mean(-2.0, 1.0) == maths.harmonic_mean(0.0, 0.0) == 0
