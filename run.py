@@ -15,6 +15,7 @@ COMMANDS = {
     "premises": ("tools.premises", "check that a bundled model shares the facts of large models that methods build on"),
     "hunt": ("hunt.command", "search for attention heads as a config file says, here or on a Ray cluster"),
     "locales": ("tools.locales", "write the English words of the nodes for the frontend, and check the other languages"),
+    "architecture": ("tools.architecture", "write the picture of the folders and their imports into CONTRIBUTING.md"),
     "bench": ("tools.benchmarks.<name>", "run one of the benchmarks, by name"),
 }
 

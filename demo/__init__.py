@@ -1,1 +1,1 @@
-"""The bundled model: a small text-to-image diffusion model of a world of shapes, and the tools that made it."""
+"""The bundled models as real ComfyUI objects, their worlds, and the networks that read and score their pictures."""

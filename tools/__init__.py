@@ -1,1 +1,1 @@
-"""What only developers run: set-up and server, benchmarks, training, and the writer of the locales."""
+"""What only developers run: set-up and server, benchmarks, training, and what is written from the code."""
