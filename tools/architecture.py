@@ -51,10 +51,10 @@ def imported(name: str, path: Path, known: Mapping[str, Path]) -> Iterator[str]:
         if id(node) in typing_only:
             continue
         if isinstance(node, ast.Import):
-            bases = [(alias.name, ()) for alias in node.names]
+            bases: list[tuple[str, list[str]]] = [(alias.name, []) for alias in node.names]
         elif isinstance(node, ast.ImportFrom):
             start = package[: len(package) - node.level + 1] if node.level else []
-            bases = [(".".join([*start, *(node.module or "").split(".")]).strip("."), tuple(a.name for a in node.names))]
+            bases = [(".".join([*start, *(node.module or "").split(".")]).strip("."), [a.name for a in node.names])]
         else:
             continue
         for base, names in bases:

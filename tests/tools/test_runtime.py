@@ -215,6 +215,9 @@ def test_every_check_runs_and_any_failure_counts(monkeypatch, runtime, failing):
     monkeypatch.setattr(cli.subprocess, "call", call)
     assert cli.main(["test"], {}) == (1 if failing else 0)
     assert called == ["ruff", "ruff", "mypy", "pytest"]
+    called.clear()
+    assert cli.main(["lint"], {}) == (1 if failing in ("ruff", "mypy") else 0)
+    assert called == ["ruff", "ruff", "mypy"]
 
 
 # --- the server -------------------------------------------------------------------------------------------------------

@@ -23,10 +23,12 @@ def main(arguments: list[str], commands: Commands) -> int:
         if command == "setup":
             setup.prepare()
             return 0
+        if command == "lint":
+            return _check(_lint())
         if command == "test":
-            return _test(rest)
+            return _check({**_lint(), "pytest": _pytest(rest)})
         if command not in commands:
-            raise RunError(f"There is no command '{command}': there are {', '.join([*commands, 'test', 'setup'])}.")
+            raise RunError(f"There is no command '{command}': there are {', '.join([*commands, 'lint', 'test', 'setup'])}.")
         module = commands[command][0]
         if "<name>" in module:
             module, rest = _named(command, module, rest)
@@ -46,6 +48,7 @@ def main(arguments: list[str], commands: Commands) -> int:
 
 def _help(commands: Commands) -> str:
     lines = {name: text for name, (_, text) in commands.items()}
+    lines["lint"] = "check the code's style and types only, as before a commit"
     lines["test"] = "check the code's style and types and run the tests; arguments go to pytest"
     lines["setup"] = "only set up what the commands need, in .runtime (every command does this by itself)"
     listed = "\n".join(f"  {name:<10} {text}" for name, text in lines.items())
@@ -73,16 +76,22 @@ def _become(command: list[str]) -> int:
     return subprocess.call(command)
 
 
-def _test(arguments: list[str]) -> int:
-    """Run every check, even after one has failed; pytest comes last, so that its summary is what ends the output."""
-    python = str(setup.prepare(tests=True).python)
-    paths_given = any((setup.ROOT / argument.split("::")[0]).exists() for argument in arguments)
-    checks = {
+def _lint() -> dict[str, list[str]]:
+    return {
         "ruff check": ["ruff", "check", "."],
         "ruff format": ["ruff", "format", "--check", "."],
         "mypy": ["mypy", "--config-file", str(setup.ROOT / "pyproject.toml"), "-p", "attune"],
-        "pytest": ["pytest", "--confcutdir=tests", *([] if paths_given else ["tests"]), *arguments],
     }
+
+
+def _pytest(arguments: list[str]) -> list[str]:
+    paths_given = any((setup.ROOT / argument.split("::")[0]).exists() for argument in arguments)
+    return ["pytest", "--confcutdir=tests", *([] if paths_given else ["tests"]), *arguments]
+
+
+def _check(checks: dict[str, list[str]]) -> int:
+    """Run every check, even after one has failed; pytest comes last, so that its summary is what ends the output."""
+    python = str(setup.prepare(tests=True).python)
     failed: list[str] = []
     for name, (tool, *options) in checks.items():
         if failed and name == "pytest":
