@@ -17,7 +17,7 @@ import comfy.utils
 import folder_paths
 import torch
 
-from ..patches.hook.attention import model_sites
+from ..patches.hook.install import model_sites
 from ..patches.hook.sites import select
 from ..scoring.scorers import ClipScorer, PreferenceScorer, Scorer
 from .engine import Engine

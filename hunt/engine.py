@@ -19,8 +19,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from ..patches.hook.attention import KEY as REQUESTS
-from ..patches.hook.attention import ModelPatcher, Span, install, model_sites
+from ..patches.hook.install import REQUESTS, ModelPatcher, install, model_sites
+from ..patches.hook.requests import Span
 from ..patches.hook.sites import Heads
 from ..patches.prompts import refuse
 from ..patches.softpag import Perturbation, scale_of

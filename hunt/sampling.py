@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from ..methods.softpag import guide
-from ..patches.hook.attention import ModelPatcher, Span
+from ..patches.hook.install import ModelPatcher
+from ..patches.hook.requests import Span
 from ..patches.hook.sites import Site
 from ..patches.samplers import NONE, SAMPLERS, noise_sampler
 from ..patches.softpag import Perturbation, perturbed_rows, recording

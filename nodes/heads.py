@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..hunt import head_files
-from ..patches.hook.attention import model_sites
+from ..patches.hook.install import model_sites
 from ..patches.hook.sites import select
 from ..server import layouts
 from .base import AttuneNode

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..patches.hook.attention import model_sites
+from ..patches.hook.install import model_sites
 from ..patches.hook.sites import select
 from ..patches.maps import pictures
 from ..patches.maps import record as patches

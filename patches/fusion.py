@@ -7,7 +7,9 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..methods import fusion as maths
-from .hook.attention import COND, AttentionCall, ModelPatcher, Request, request
+from .hook.call import AttentionCall
+from .hook.install import ModelPatcher, request
+from .hook.requests import COND, EditWeights
 from .hook.sites import Heads
 from .prompts import edit_own, guard, text_places
 from .regulation import T5
@@ -50,6 +52,6 @@ def apply(model: ModelPatcher, words: Words, strength: float = 0.5, heads: Heads
     def edit(call: AttentionCall, weights: Tensor) -> tuple[Tensor, Tensor | None] | None:
         return edit_own(call, weights, lambda part: (maths.fuse(part, matrix), None))
 
-    request(patched, Request("edit", where, edit, rows=COND, columns=columns, prompt_columns=words.total))
+    request(patched, EditWeights(where, edit, rows=COND, columns=columns, prompt_columns=words.total))
     guard(patched, METHOD, words.total)
     return patched

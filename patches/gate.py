@@ -14,7 +14,10 @@ from torch import Tensor
 
 from ..methods import gate as maths
 from ..scoring.scorers import Scorer
-from .hook.attention import COND, RUN, AttentionCall, ModelPatcher, Request, SamplingRun, Span, request, step_at
+from .hook.call import AttentionCall
+from .hook.install import ModelPatcher, request
+from .hook.requests import COND, EditWeights, Span
+from .hook.run import RUN, SamplingRun, step_at
 from .hook.sites import Heads
 from .observer import NOBODY, Observer
 from .prompts import edit_own, guard, text_places
@@ -197,7 +200,7 @@ def apply(
     members = tuple(tuple(columns.index(c) for c in phrase.columns) for phrase in words.phrases)
     texts = tuple(phrase.text for phrase in words.phrases)
     method = _Method(texts, members, len(columns), scorer, vae, threshold, softness, floor, every, span, mode, observer)
-    request(patched, Request("edit", where, method.edit, rows=COND, span=span, columns=columns, prompt_columns=words.total))
+    request(patched, EditWeights(where, method.edit, rows=COND, span=span, columns=columns, prompt_columns=words.total))
     guard(patched, METHOD, words.total)
     patched.set_model_sampler_post_cfg_function(method.look)
     patched.set_additional_models(f"attune_gate_{id(method)}", method.models)

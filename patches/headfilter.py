@@ -5,7 +5,10 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..methods import headfilter as maths
-from .hook.attention import AttentionCall, ModelPatcher, Request, model_sites, request
+from .hook.blends import ChosenHeads
+from .hook.call import AttentionCall
+from .hook.install import ModelPatcher, model_sites, request
+from .hook.requests import BlendOutputs
 from .hook.sites import Heads, check
 
 METHOD = "Head Filter"
@@ -43,8 +46,8 @@ def apply(model: ModelPatcher, heads: Heads, kind: str = "both", others: str = m
     patched = model.clone()
     if where:
 
-        def act(call: AttentionCall, out: Tensor, value: Tensor) -> Tensor:
-            return maths.silence(out, value, others)
+        def blend(call: AttentionCall, heads: ChosenHeads) -> Tensor:
+            return maths.silence(heads.out, heads.v, others)
 
-        request(patched, Request("blend", where, act))
+        request(patched, BlendOutputs(where, blend))
     return patched

@@ -9,9 +9,11 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
-from .hook.attention import KEY as REQUESTS
-from .hook.attention import AttentionCall, ModelPatcher, index, model_sites
+from .hook.call import AttentionCall
+from .hook.install import REQUESTS, ModelPatcher, model_sites
+from .hook.requests import COND, EditWeights
 from .hook.sites import Heads, check
+from .hook.tensors import index
 from .maps.record import whole_picture
 
 KEY = "attune_words"
@@ -73,7 +75,7 @@ def refuse(model: ModelPatcher, where: str) -> None:
         ValueError: with what to do.
     """
     asked = model.model_options.get("transformer_options", {}).get(REQUESTS, ())
-    if any(r.verb == "edit" and r.prompt_columns is not None for r in asked):
+    if any(isinstance(r, EditWeights) and r.prompt_columns is not None for r in asked):
         raise ValueError(
             f"{where}: on this model a node acts on single words of one prompt (Attention Regulation, Phrase Fusion, Semantic Gate, Refine "
             "Attention with words), and here several prompts are drawn at once, in which other words have these places. Connect the model "
@@ -88,15 +90,13 @@ def edit_own(
 
     Outside a run, where prompts have no names, it is all of them.
     """
-    chunks = [i for i, role in enumerate(call.chunks) if call.perturbed or role == 0]
-    name = own_name(call)
-    mine = [n for n, i in enumerate(chunks) if name is None or call.uuids[i : i + 1] == (name,)]
+    parts, name = call.parts(COND), own_name(call)
+    mine = [part.given for part in parts if name is None or part.uuid == name]
     if not mine:
         return None
-    if len(mine) == len(chunks):
+    if len(mine) == len(parts):
         return edit(weights)
-    pictures = len(weights) // len(chunks)
-    rows = index([n * pictures + i for n in mine for i in range(pictures)], weights.device)
+    rows = index([row for given in mine for row in range(given.start, given.stop)], weights.device)
     new, factor = edit(weights[rows])
     everywhere = torch.ones_like(weights[..., :1])
     return weights.index_copy(0, rows, new), None if factor is None else everywhere.index_copy(0, rows, factor)

@@ -7,8 +7,11 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from ..methods import refine as maths
-from .hook.attention import COND, AttentionCall, ModelPatcher, Request, Span, index_or_slice, model_sites, request
+from .hook.call import AttentionCall
+from .hook.install import ModelPatcher, model_sites, request
+from .hook.requests import COND, EditWeights, Span
 from .hook.sites import Heads
+from .hook.tensors import index_or_slice
 from .prompts import edit_own, guard, text_places
 from .regulation import CHUNK
 
@@ -96,7 +99,7 @@ def apply(
     prompt_columns = None if words is None else words.total
     request(
         patched,
-        Request("edit", where, edit, rows=COND, span=span, columns=targets if joint else None, prompt_columns=prompt_columns),
+        EditWeights(where, edit, rows=COND, span=span, columns=targets if joint else None, prompt_columns=prompt_columns),
     )
     if words is not None:
         guard(patched, METHOD, words.total)

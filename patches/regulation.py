@@ -9,8 +9,11 @@ import torch
 from torch import Tensor
 
 from ..methods import regulation as maths
-from .hook.attention import COND, AttentionCall, ModelPatcher, Request, Span, index, model_sites, request
+from .hook.call import AttentionCall
+from .hook.install import ModelPatcher, model_sites, request
+from .hook.requests import COND, EditWeights, Span
 from .hook.sites import Heads, Site, check
+from .hook.tensors import index
 from .maps.record import auto_sites
 from .observer import NOBODY, Observer
 from .prompts import edit_own, guard, own_name
@@ -54,9 +57,8 @@ class _Method:
         return edit_own(call, weights, lambda part: self._edit(call, part))
 
     def _edit(self, call: AttentionCall, part: Tensor) -> tuple[Tensor, Tensor]:
-        pictures = call.batch // len(call.chunks)
         targets = index(self.targets, part.device)
-        old = maths.shape(part, targets).unflatten(1, (-1, pictures))
+        old = maths.shape(part, targets).unflatten(1, (-1, call.pictures))
         edit = self._layer(call, own_name(call), old[:, 0].detach()) * (
             self.strength * maths.fading(call.step or 0, self.decay)
         )
@@ -172,8 +174,7 @@ def apply(
     names = tuple(p.text for p in words.phrases)
     members = tuple(tuple(targets.index(c) for c in p.columns) for p in words.phrases)
     method = _Method(places, *numbers, object(), names, members, observer)
-    edit = Request(
-        "edit",
+    edit = EditWeights(
         where,
         method.edit,
         rows=COND,

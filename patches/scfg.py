@@ -12,19 +12,10 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..methods import scfg as maths
-from .hook.attention import (
-    ALL,
-    COND,
-    PIXELS,
-    RUN,
-    AttentionCall,
-    ModelPatcher,
-    Request,
-    SamplingRun,
-    Span,
-    model_sites,
-    request,
-)
+from .hook.call import AttentionCall
+from .hook.install import ModelPatcher, model_sites, request
+from .hook.requests import ALL, COND, PIXELS, ReadWeights, Request, Span
+from .hook.run import RUN, SamplingRun
 from .hook.sites import Site
 from .maps.record import Maps, Recorder, auto_sites
 from .observer import NOBODY, Observer
@@ -79,16 +70,14 @@ class _Method:
 
     def requests(self, sites: tuple[Site, ...]) -> tuple[Request, ...]:
         joint = sites[0].kind == "joint"
-        text = Request(
-            "read",
+        text = ReadWeights(
             {(s.name, "joint" if joint else "cross"): None for s in sites},
             self.read_text,
             rows=ALL,
             span=self.span,
             mean_heads=True,
         )
-        pixels = Request(
-            "read",
+        pixels = ReadWeights(
             {(s.name, s.kind): None for s in sites},
             self.read_pixels,
             rows=ALL,
@@ -121,17 +110,15 @@ class _Method:
             self.observer.layer(call, weights[rows][0])
         self.recorder.read_pair(call, weights, self_map)
         size = (-(-call.latent[0] // self.stride), -(-call.latent[1] // self.stride))
-        pictures = call.batch // len(call.chunks)
-        for i, (uuid, role) in enumerate(zip(call.uuids, call.chunks, strict=False)):
-            own_key = (uuid, role)  # a negative that is given a positive's area is given its name as well
-            if role > 1 or (own_key, call.site.name) in now.seen:  # another pack runs the same conditioning again
+        for part in call.parts():
+            own_key = (part.uuid, part.role)  # a negative that is given a positive's area is given its name as well
+            if part.role > 1 or (own_key, call.site.name) in now.seen:  # another pack runs the same conditioning again
                 continue
             now.seen.add((own_key, call.site.name))
-            rows = slice(i * pictures, (i + 1) * pictures)
-            cross = weights[rows]
-            if role == 1:
+            cross = weights[part.given]
+            if part.role == 1:
                 cross = maths.against_start(cross, self._start(call, cross))
-            own = None if self_map is None else self_map[rows]
+            own = None if self_map is None else self_map[part.given]
             grid = (call.height, call.width)
             maps = maths.layer_maps(cross, own, grid, size, self.completion, self.smoothing, self.released)
             now.maps.setdefault(own_key, _Sum()).add(maps)

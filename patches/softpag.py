@@ -12,17 +12,11 @@ from torch import Tensor
 
 from ..methods.softpag import guide, soften
 from .hook import prefix_cache
-from .hook.attention import (
-    ALL,
-    AttentionCall,
-    ExtraForward,
-    ModelPatcher,
-    Request,
-    Span,
-    install,
-    model_sites,
-    with_extra_forward,
-)
+from .hook.blends import ChosenHeads
+from .hook.call import AttentionCall
+from .hook.install import ModelPatcher, install, model_sites
+from .hook.requests import ALL, BlendOutputs, Request, Span
+from .hook.run import ExtraForward, with_extra_forward
 from .hook.sites import Heads, Site, check, select
 
 AUTOMATIC = -1.0  # of a scale or a perturbation: what is usual for the model's family
@@ -147,10 +141,10 @@ def _requests(perturbations: Sequence[Perturbation], pictures: int, sites: Mappi
             rows.setdefault((name, heads, perturbation.u), []).extend(own)
 
     def request(name: str, heads: tuple[int, ...], u: float, rows: tuple[int, ...] | str) -> Request:
-        def act(call: AttentionCall, out: Tensor, value: Tensor) -> Tensor:
-            return soften(out, value, u)
+        def blend(call: AttentionCall, heads: ChosenHeads) -> Tensor:
+            return heads.v if u == 1 else soften(heads.out, heads.v, u)
 
-        return Request("blend", {(name, sites[name].kind): heads}, act, rows=rows, ignores_output=u == 1)
+        return BlendOutputs({(name, sites[name].kind): heads}, blend, rows=rows, ignores_output=u == 1)
 
     total = len(perturbations) * pictures
     return tuple(request(*what, tuple(of) if len(of) < total else ALL) for what, of in rows.items())

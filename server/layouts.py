@@ -15,7 +15,8 @@ import comfy.supported_models
 import folder_paths
 import torch
 
-from ..patches.hook.sites import Heads, Site, family, sites
+from ..patches.hook.families import family, sites
+from ..patches.hook.sites import Heads, Site
 from ..patches.softpag import default_heads
 
 FOLDERS = ("checkpoints", "diffusion_models")

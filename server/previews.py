@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..methods.maps import folded, minmax
-from ..patches.hook.attention import AttentionCall
+from ..patches.hook.call import AttentionCall
 from ..patches.observer import Observer
 from .graph import Origin, executing, lineage, origin, prompt, server, tell
 

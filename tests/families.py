@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attune.language.words import Phrase, Words
-from attune.patches.hook.attention import model_sites
+from attune.patches.hook.install import model_sites
 from attune.patches.hook.sites import Heads, Site, select
 
 WIDTH = 32  # of text tokens, and of the pooled text vector

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from ..methods.detail import subject_masks
 from ..patches import headfilter
-from ..patches.hook.attention import model_sites
+from ..patches.hook.install import model_sites
 from ..patches.hook.sites import Heads
 from ..patches.maps import record as recorded
 from .benchmarks.shared.pictures import generate, interval

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from ...methods.detail import step_length
-from ..hook.attention import KEY
+from ..hook.install import REQUESTS
 from ..samplers import HISTORY, NONE, SAMPLERS, evaluations, noise_sampler
 from .gradient import gradient
 from .guider import Guider
@@ -58,7 +58,7 @@ class Blending:
             session.begin_step()
         session.reading = first
         asked = options.get("transformer_options", {})
-        asked = {**asked, KEY: (*asked.get(KEY, ()), *session.requests())}
+        asked = {**asked, REQUESTS: (*asked.get(REQUESTS, ()), *session.requests())}
         denoised = self.model(x, sigma, **{**kwargs, "model_options": {**options, "transformer_options": asked}})
         if first:
             session.make_masks(self.guider.areas, x.device)

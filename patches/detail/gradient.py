@@ -17,8 +17,10 @@ from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
 from ...methods.detail import objective
-from ..hook.attention import KEY, AttentionCall, ExtraForward, with_extra_forward
-from ..hook.prefix_cache import blocks
+from ..hook.call import AttentionCall
+from ..hook.families import family_of
+from ..hook.install import REQUESTS
+from ..hook.run import ExtraForward, with_extra_forward
 from .branches import rows_of
 from .guider import Guider
 from .session import OPTIMIZE, Session
@@ -50,11 +52,11 @@ def _outside_inference(t: Tensor) -> Tensor:
 @contextlib.contextmanager
 def checkpointed(diffusion_model: nn.Module, until: tuple[str, int]) -> Iterator[None]:
     """While a forward runs, layers before a block keep their input only and are computed again when gradients come back."""
-    order = blocks(diffusion_model)
+    family = family_of(diffusion_model)
+    order = family.blocks()
     changed = []
-    for name, number in order[: order.index(until)]:
-        held: Any = getattr(diffusion_model, name)
-        for layer in held if name == "middle_block" else held[number]:
+    for block in order[: order.index(until)]:
+        for layer in family.block(block):
             if isinstance(layer, (ResBlock, SpatialTransformer)):
                 changed.append((layer, layer.__dict__.get("forward")))  # another pack's, perhaps
                 layer.forward = _checkpointed(layer.forward)  # type: ignore[method-assign]
@@ -117,7 +119,7 @@ def gradient(
                 raise _EnoughError
 
     options = kwargs["model_options"]
-    asked = {**options.get("transformer_options", {}), KEY: (), "optimized_attention_override": _with_backward}
+    asked = {**options.get("transformer_options", {}), REQUESTS: (), "optimized_attention_override": _with_backward}
     options = {**options, "transformer_options": asked}
     options = with_extra_forward(options, ExtraForward((session.reader(plan, read),)))
     with torch.inference_mode(False), torch.enable_grad(), OutsideInference():

@@ -9,7 +9,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..hook.attention import ModelPatcher
+from ..hook.install import ModelPatcher
 from .branches import BRANCHES, ReadPlan, chosen_rows, rows_of
 from .session import Area, Session
 

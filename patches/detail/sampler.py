@@ -11,7 +11,7 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..hook.attention import ModelPatcher, install, model_sites
+from ..hook.install import ModelPatcher, install, model_sites
 from ..observer import NOBODY, Observer
 from ..prompts import refuse
 from ..samplers import SAMPLERS, needs

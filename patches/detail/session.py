@@ -17,7 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ...methods.detail import accumulate, subject_masks
-from ..hook.attention import COND, AttentionCall, Request, Source
+from ..hook.call import AttentionCall
+from ..hook.requests import COND, MapSource, ReadWeights, Request, ShareMap
 from ..hook.sites import Site
 from ..observer import NOBODY, Observer
 from .branches import BASE, BEFORE, OWN, ReadPlan, own_name
@@ -128,28 +129,25 @@ class Session:
 
     def requests(self) -> tuple[Request, ...]:
         """Of a forward in the steps that share."""
-        share = Request("share", {(s.name, "self"): None for s in self.share_at}, self.share)
+        share = ShareMap({(s.name, "self"): None for s in self.share_at}, self.share)
         reads = [self.reader(p, partial(self.read, p)) for p in self.prompts.values() if self.reading and p.columns]
         return (*([share] if self.share_at else []), *reads)
 
     def reader(self, plan: ReadPlan, act: Callable[[AttentionCall, Tensor], None]) -> Request:
         """A look at the subjects' columns, heads averaged, in a forward of conditional rows."""
         where: dict[tuple[str, str], None] = {(s.name, "cross"): None for s in self.read_at}
-        return Request("read", where, act, rows=COND, columns=plan.columns, mean_heads=True, prompt_columns=plan.prompt_columns)
+        return ReadWeights(where, act, rows=COND, columns=plan.columns, mean_heads=True, prompt_columns=plan.prompt_columns)
 
-    def share(self, call: AttentionCall) -> Source:
+    def share(self, call: AttentionCall) -> MapSource:
         """Conditional rows use the base's map of their picture (algorithm 1, line 4)."""
-        size = call.batch // len(call.chunks)
         rows = list(range(call.batch))
         whole = len(self.now) == self.total
         keep: list[int] = []
         keys: list[Any] = []
         kept: list[tuple[Tensor, Tensor]] = []
-        for i, role in enumerate(call.chunks):
-            if role != 0 and not call.perturbed:
-                continue
-            first = i * size
-            key = (call.site.name, call.perturbed, role, own_name(call.uuids[i]) if i < len(call.uuids) else None)
+        for part in call.parts(COND):
+            first = part.rows.start
+            key = (call.site.name, call.perturbed, part.role, own_name(part.uuid))
             if self.now.start == 0:
                 origin = first
                 if not whole:
@@ -162,7 +160,7 @@ class Session:
                 raise RuntimeError(
                     f"Detail++ Sampler: the layout's attention at {call.site.name} was not seen; another node changes which layers run."
                 )
-            rows[first : first + size] = [origin + r % self.pictures for r in range(size)]
+            rows[part.rows] = [origin + r % self.pictures for r in range(call.pictures)]
 
         def listen(q: Tensor, k: Tensor) -> None:
             for n, key in enumerate(keys):
@@ -170,17 +168,12 @@ class Session:
                 self.kept[key] = (q[part], k[part])
 
         more = (torch.cat([q for q, _ in kept]), torch.cat([k for _, k in kept])) if kept else None
-        return Source(rows, more, tuple(keep), listen if keep else None)
+        return MapSource(rows, more, tuple(keep), listen if keep else None)
 
     def read(self, plan: ReadPlan, call: AttentionCall, weights: Tensor) -> None:
         """Add the subjects' maps ``[rows, M, T]`` of one layer to those so far."""
-        size = call.batch // len(call.chunks)
-        start = -size
-        for i, role in enumerate(call.chunks):
-            if role != 0:
-                continue
-            start += size
-            uuid = call.uuids[i] if i < len(call.uuids) else None
+        for chunk in call.parts(COND):
+            uuid, start = chunk.uuid, chunk.given.start
             if self.prompts.get(own_name(uuid)) is not plan or (uuid, call.site.name) in self.seen:
                 continue  # another prompt, or another pack that runs this one again
             self.seen.add((uuid, call.site.name))

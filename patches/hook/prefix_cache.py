@@ -15,18 +15,11 @@ from typing import Any
 
 from torch import Tensor, cat, equal, nn, tensor
 
+from .families import family_of
+from .families.base import Block, Family
+from .parts import chunks_of
+
 PREFIXES = "attune_prefixes"  # in transformer_options: ((span, block), …) that perturbed passes will replay up to
-Block = tuple[str, int]
-
-
-def blocks(diffusion_model: nn.Module) -> list[Block]:
-    """The model's blocks in order of execution, as paths below the diffusion model."""
-    out: list[Block] = []
-    for name in ("input_blocks", "middle_block", "output_blocks", "joint_blocks", "double_blocks", "single_blocks"):
-        held = getattr(diffusion_model, name, None)
-        if held is not None:
-            out += [(name, 0)] if name == "middle_block" else [(name, i) for i in range(len(held))]
-    return out
 
 
 def wanted(options: dict[str, Any], sigma: Tensor, model_sampling: Any) -> tuple[Block, ...]:
@@ -34,26 +27,11 @@ def wanted(options: dict[str, Any], sigma: Tensor, model_sampling: Any) -> tuple
     return tuple({block for span, block in options.get(PREFIXES, ()) if span.holds(sigma, model_sampling)})
 
 
-def _needed(diffusion_model: nn.Module, until: Block) -> list[Block]:
-    """The blocks before ``until`` whose outputs a replay needs: a transformer's only hand on to the next one."""
-    order = blocks(diffusion_model)
+def _needed(family: Family, until: Block) -> list[Block]:
+    """The blocks before ``until`` whose outputs a replay needs."""
+    order = family.blocks()
     before = order[: order.index(until)]
-    return before if hasattr(diffusion_model, "input_blocks") else before[-1:]
-
-
-def _module(diffusion_model: nn.Module, block: Block) -> nn.Module:
-    held = getattr(diffusion_model, block[0])
-    return held if block[0] == "middle_block" else held[block[1]]
-
-
-def _conditional(t: Tensor, options: dict[str, Any]) -> dict[Any, slice]:
-    """Rows of each conditional chunk of the batch, by its name; a negative may have a positive's (under an area)."""
-    uuids = options.get("uuids") or ()
-    size = t.shape[0] // max(len(uuids), 1)
-    roles = options.get("cond_or_uncond") or ()
-    return {
-        uuid: slice(i * size, (i + 1) * size) for i, (uuid, role) in enumerate(zip(uuids, roles, strict=False)) if role == 0
-    }
+    return before if family.skips else before[-1:]
 
 
 @dataclass
@@ -103,18 +81,20 @@ class PrefixCache:
     def record(self, diffusion_model: nn.Module, until: Sequence[Block], x: Tensor, options: dict[str, Any]) -> Iterator[None]:
         """Record the conditional rows' outputs of the blocks before each of ``until`` while a forward runs."""
         rows: dict[Any, slice] = {}
-        for uuid, where in _conditional(x, options).items():
-            known = self.held.get(uuid)
+        # A negative may have a positive's name (under an area).
+        for chunk in chunks_of(len(x), options.get("cond_or_uncond") or (), options.get("uuids") or (), wanted=0):
+            if chunk.uuid is None:
+                continue
+            known = self.held.get(chunk.uuid)
             # The first forward of an input is the plain one; later ones may be other packs' perturbed passes.
-            if known is None or not known.fits(options["sigmas"], x[where]):
-                rows[uuid] = where
-                self.held[uuid] = Prefix(options["sigmas"].clone(), x[where].clone())
+            if known is None or not known.fits(options["sigmas"], x[chunk.rows]):
+                rows[chunk.uuid] = chunk.rows
+                self.held[chunk.uuid] = Prefix(options["sigmas"].clone(), x[chunk.rows].clone())
+        family = family_of(diffusion_model)
         handles = []
-        for block in {b for u in until for b in _needed(diffusion_model, u)} if rows else ():
-            module = _module(diffusion_model, block)
-            module = (
-                module[-1] if hasattr(diffusion_model, "input_blocks") else module
-            )  # ComfyUI walks a UNet block's layers itself
+        for block in {b for u in until for b in _needed(family, u)} if rows else ():
+            module = family.block(block)
+            module = module[-1] if family.skips else module  # ComfyUI walks a UNet block's layers itself
             handles.append(module.register_forward_hook(self._recorder(block, rows)))
         try:
             yield
@@ -138,10 +118,11 @@ class PrefixCache:
         self, diffusion_model: nn.Module, until: Block, x: Tensor, options: dict[str, Any], rows: Sequence[int] | None = None
     ) -> Iterator[None]:
         """Run one forward in which all blocks before ``until`` return what was recorded, if it was; ``rows`` of it, if given."""
-        order = blocks(diffusion_model)
+        family = family_of(diffusion_model)
+        order = family.blocks()
         before = order[: order.index(until)]
         which = None if rows is None else tensor(rows, device=x.device)
-        recorded = self._recorded(_needed(diffusion_model, until), x, options, which)
+        recorded = self._recorded(_needed(family, until), x, options, which)
         if recorded is None:
             if before and not self.told:
                 logging.info("Attune: the perturbed pass runs in full, since its input was not met in the normal pass")
@@ -149,7 +130,6 @@ class PrefixCache:
             yield
             return
         self.replays += 1
-        unet = hasattr(diffusion_model, "input_blocks")
         originals: list[tuple[nn.Module, str, nn.Module]] = []
         try:
             for block in before:
@@ -160,7 +140,7 @@ class PrefixCache:
                     else (getattr(diffusion_model, block[0]), str(block[1]))
                 )
                 originals.append((parent, name, parent._modules[name]))  # type: ignore[arg-type]
-                parent._modules[name] = nn.ModuleList([stand_in]) if unet else stand_in
+                parent._modules[name] = nn.ModuleList([stand_in]) if family.skips else stand_in
             yield
         finally:
             for parent, name, module in originals:
@@ -172,11 +152,9 @@ class PrefixCache:
         uuids = list(options.get("uuids") or ())
         if not needed or not uuids:
             return None
-        size = x.shape[0] // len(uuids)
         found: list[Prefix] = []
-        for i, uuid in enumerate(uuids):
-            part = x[i * size : (i + 1) * size]
-            prefix = self.held.get(uuid)
+        for chunk in chunks_of(len(x), [0] * len(uuids), uuids):
+            prefix, part = self.held.get(chunk.uuid), x[chunk.rows]
             if prefix is None or not prefix.outputs.keys() >= set(needed) or not prefix.fits(options["sigmas"], part, rows):
                 return None
             found.append(prefix)

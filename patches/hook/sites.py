@@ -11,9 +11,6 @@ import fnmatch
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any
-
-from torch import nn
 
 
 @dataclass(frozen=True)
@@ -56,72 +53,6 @@ class Heads:
     def text(self) -> str:
         """The set in the selection grammar; `select` reads it back."""
         return " ".join(f"{site}:{_ranges(heads)}" for site, heads in self.chosen)
-
-
-def family(diffusion_model: nn.Module) -> str:
-    """``unet``, ``sd3`` or ``flux``.
-
-    Raises:
-        ValueError: for a model that this pack has no sites for.
-    """
-    for name, attributes in {
-        "unet": ("input_blocks", "middle_block", "output_blocks"),
-        "sd3": ("joint_blocks", "x_embedder"),
-        "flux": ("double_blocks", "single_blocks", "img_in", "time_in"),  # Chroma has no time_in
-    }.items():
-        flat = isinstance(getattr(diffusion_model, "patch_size", 1), int)  # HunyuanVideo's has three sides
-        if flat and all(hasattr(diffusion_model, a) for a in attributes):
-            return name
-    raise ValueError(
-        f"Attune does not know the model class {type(diffusion_model).__name__}. "
-        "It works with SD1.5, SD2, SDXL (UNet), SD3 / SD3.5 (MMDiT) and FLUX models; connect one of these."
-    )
-
-
-def _resampling(layer: Any) -> float:
-    """How a UNet layer changes the latent pixels per token: 2, 1 or 0.5."""
-    part = layer.h_upd if getattr(layer, "updown", False) else layer
-    return {"Downsample": 2.0, "Upsample": 0.5}.get(type(part).__name__, 1.0)
-
-
-def sites(diffusion_model: Any) -> tuple[Site, ...]:
-    """Every site of a model in order of execution.
-
-    Raises:
-        ValueError: for a model that this pack has no sites for.
-    """
-    found: list[Site] = []
-
-    def add(name: str, heads: int, kinds: tuple[str, ...], block: tuple[str, int], stride: int) -> None:
-        found.append(Site(name, heads, kinds, len(found), block, stride))
-
-    kind = family(diffusion_model)
-    if kind == "unet":
-        groups = [("input", "input_blocks", list(diffusion_model.input_blocks))]
-        groups.append(
-            ("middle", "middle_block", [diffusion_model.middle_block] if diffusion_model.middle_block is not None else [])
-        )
-        groups.append(("output", "output_blocks", list(diffusion_model.output_blocks)))
-        stride = 1
-        for place, attribute, blocks in groups:
-            for i, block in enumerate(blocks):
-                for layer in block:
-                    stride = int(stride * _resampling(layer))
-                    for j, transformer in enumerate(getattr(layer, "transformer_blocks", ())):
-                        kinds = ("self",) if transformer.attn2 is None else ("self", "cross")
-                        add(f"{place}.{i}.{j}", transformer.n_heads, kinds, (attribute, i), stride)
-    elif kind == "sd3":
-        for i, block in enumerate(diffusion_model.joint_blocks):
-            twice = getattr(block.x_block, "x_block_self_attn", False)
-            kinds = ("joint", "self") if twice else ("joint",)
-            add(f"joint.{i}", block.x_block.attn.num_heads, kinds, ("joint_blocks", i), diffusion_model.patch_size)
-    else:
-        for place, attribute in (("double", "double_blocks"), ("single", "single_blocks")):
-            for i, block in enumerate(getattr(diffusion_model, attribute)):
-                add(f"{place}.{i}", block.num_heads, ("joint",), (attribute, i), diffusion_model.patch_size)
-    if not found:
-        raise ValueError(f"this {type(diffusion_model).__name__} has no attention layers for Attune to work on")
-    return tuple(found)
 
 
 # --- the selection grammar ------------------------------------------------------------------------------------------

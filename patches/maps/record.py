@@ -12,7 +12,9 @@ from torch import Tensor
 
 from ...methods import scfg as maths
 from ...methods.maps import folded
-from ..hook.attention import COND, PIXELS, AttentionCall, ModelPatcher, Request, model_sites, request
+from ..hook.call import AttentionCall
+from ..hook.install import ModelPatcher, model_sites, request
+from ..hook.requests import COND, PIXELS, ReadWeights
 from ..hook.sites import Heads, Site, check
 from ..observer import NOBODY, Observer
 
@@ -180,42 +182,42 @@ class Recorder:
     mean_heads: bool = False
     by_product: bool = False
 
-    def requests(self) -> tuple[Request, ...]:
+    def requests(self) -> tuple[ReadWeights, ...]:
         joint = self.sites[0].kind == "joint"
         out = []
         if self.maps.kind in ("cross", "both"):
             where: dict[tuple[str, str], Any] = {(s.name, "joint" if joint else "cross"): None for s in self.sites}
-            out.append(Request("read", where, self.read_text, rows=COND, mean_heads=self.mean_heads))
+            out.append(ReadWeights(where, self.read_text, rows=COND, mean_heads=self.mean_heads))
         if self.maps.kind in ("self", "both"):
             where = {(s.name, s.kind): None for s in self.sites}
-            out.append(Request("read", where, self.read_pixels, rows=COND, columns=PIXELS if joint else None, mean_heads=True))
+            out.append(ReadWeights(where, self.read_pixels, rows=COND, columns=PIXELS if joint else None, mean_heads=True))
         return tuple(out)
 
     def read_text(self, call: AttentionCall, weights: Tensor) -> None:
-        self._store(call, "cross", weights, call.rows(COND))
+        self._store(call, "cross", weights)
 
     def read_pixels(self, call: AttentionCall, weights: Tensor) -> None:
-        self._store(call, "pixels", weights, call.rows(COND))
+        self._store(call, "pixels", weights)
 
     def read_pair(self, call: AttentionCall, cross: Tensor, pixels: Tensor | None) -> None:
         """The same from a method that has read all rows for itself."""
         rows = call.rows(COND)
         for kind, weights in (("cross", cross), ("pixels", pixels)):
             if weights is not None and rows:
-                self._store(call, kind, weights[rows], rows)
+                self._store(call, kind, weights[rows])
 
-    def _store(self, call: AttentionCall, kind: str, weights: Tensor, rows: slice | list[int]) -> None:
+    def _store(self, call: AttentionCall, kind: str, weights: Tensor) -> None:
         """Keep ``weights [R, (heads,) M, N]`` of the conditional rows, if they are the whole picture's and it is their turn."""
         run = call.run
         if run is None:
             return
         uuid = self._prompt(call)
-        if uuid not in call.uuids:
+        part = next((p for p in call.parts(COND) if p.uuid == uuid), None)
+        if part is None:
             return
-        pictures = call.batch // len(call.chunks)
         record: Record | None = run.state.get(self)
         if record is None:
-            record = run.state[self] = Record(call.latent, pictures)
+            record = run.state[self] = Record(call.latent, call.pictures)
             run.finished.append(lambda: self._finish(record))  # type: ignore[arg-type]
         if record.dropped:
             return
@@ -224,9 +226,7 @@ class Recorder:
         step, every = call.step or 0, self.maps.every
         if place.sigma is call.sigma or (every and (step % every or step in place.frames)):
             return  # seen in this evaluation already (another pack's pass), or not a step to keep
-        every_row = list(range(call.batch))[rows] if isinstance(rows, slice) else rows
-        start = call.uuids.index(uuid) * pictures
-        chosen = weights[[i for i, row in enumerate(every_row) if start <= row < start + pictures]]
+        chosen = weights[part.given]
         chosen = (chosen if chosen.ndim == 4 else chosen[:, None]).detach()
         if not place.frames and not self._fits(record, call, chosen):
             return

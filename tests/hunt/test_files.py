@@ -14,7 +14,7 @@ from attune.hunt import files, head_files, log
 from attune.hunt.files import file_name, write_whole
 from attune.hunt.log import Evaluation, Log
 from attune.nodes.heads import AttuneLoadHeads
-from attune.patches.hook.attention import model_sites
+from attune.patches.hook.install import model_sites
 from attune.patches.hook.sites import select
 from attune.tests import families
 

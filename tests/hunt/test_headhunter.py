@@ -33,7 +33,8 @@ from attune.nodes.heads import AttuneLoadHeads, AttuneSaveHeads
 from attune.nodes.scfg import AttuneSemanticCFG
 from attune.patches import softpag
 from attune.patches.hook import prefix_cache
-from attune.patches.hook.attention import model_sites
+from attune.patches.hook.families import family_of
+from attune.patches.hook.install import model_sites
 from attune.patches.hook.sites import select
 from attune.patches.maps import record
 from attune.scoring.scorers import Scorer
@@ -189,13 +190,13 @@ class Work:
 
     def __init__(self, model):
         self.model = model.model.diffusion_model
-        self.rows = dict.fromkeys(prefix_cache.blocks(self.model), 0)
+        self.rows = dict.fromkeys(family_of(self.model).blocks(), 0)
         self.forwards = 0
 
     def __enter__(self):
         self.handles = []
         for block in self.rows:
-            module = prefix_cache._module(self.model, block)
+            module = family_of(self.model).block(block)
             module = module[0] if hasattr(self.model, "input_blocks") else module
             self.handles.append(module.register_forward_hook(lambda m, a, out, block=block: self._add(block, out)))
         return self

@@ -13,7 +13,8 @@ from attune.nodes.detail import encode
 from attune.nodes.fusion import AttunePhraseFusion
 from attune.patches import fusion, headfilter, prompts, refine, regulation, scfg, softpag
 from attune.patches.detail import sampler as detail
-from attune.patches.hook.attention import Request, model_sites, request
+from attune.patches.hook.install import model_sites, request
+from attune.patches.hook.requests import ReadWeights
 from attune.patches.hook.sites import select
 from attune.patches.maps import record as maps
 from attune.tests import families
@@ -90,7 +91,7 @@ def test_only_the_prompt_that_the_words_are_of():
         seen.append((call.uuids, [float((w[..., 1] - w[..., 2]).abs().max()) for w in weights]))
 
     patched = fusion.apply(model, PHRASES, 1.0)
-    request(patched, Request("read", {("middle.0.0", "cross"): None}, look, rows="cond", columns=(0, 1, 2)))
+    request(patched, ReadWeights({("middle.0.0", "cross"): None}, look, rows="cond", columns=(0, 1, 2)))
     sample(patched, positive=both, steps=1)
     gaps = [gap for _, found in seen for gap in found]
     assert len(gaps) == 2 and min(gaps) < 1e-6 < 1e-3 < max(gaps)  # one of the two prompts is fused, the other is not
@@ -101,7 +102,7 @@ def test_chosen_heads_only_and_readers_see_it():
     heads = select("middle.0.0:0,2", model_sites(model)[1], "unet")
     seen = []
     patched = fusion.apply(model, PHRASES, 1.0, heads)
-    request(patched, Request("read", {("middle.0.0", "cross"): None}, lambda call, w: seen.append(w), rows="cond"))
+    request(patched, ReadWeights({("middle.0.0", "cross"): None}, lambda call, w: seen.append(w), rows="cond"))
     sample(patched, steps=1)
     gap = (seen[0][0][..., 1] - seen[0][0][..., 2]).abs().amax(-1)
     assert (gap[[0, 2]] < 1e-6).all() and (gap[[1, 3]] > 1e-4).all()
@@ -228,7 +229,7 @@ def test_the_node_on_the_bundled_model(demo):
     assert all(part.tooltip for part in (*schema.inputs, *schema.outputs))
     (patched,) = AttunePhraseFusion.execute(model, found, 1.0).args
     seen = []
-    request(patched, Request("read", {("middle.0.0", "cross"): None}, lambda call, w: seen.append(w), rows="cond"))
+    request(patched, ReadWeights({("middle.0.0", "cross"): None}, lambda call, w: seen.append(w), rows="cond"))
     pictures = [generate(m, clip, vae, [text], 5.0, 1, 4) for m in (model, patched)]
     differs(*pictures)
     for group in ((2, 3, 4), (7, 8), (11, 12)):

@@ -7,7 +7,8 @@ from attune.demo import model as demo_model
 from attune.methods import headfilter as maths
 from attune.nodes.headfilter import AttuneHeadFilter
 from attune.patches import fusion, headfilter, scfg, softpag
-from attune.patches.hook.attention import Request, model_sites, request
+from attune.patches.hook.install import model_sites, request
+from attune.patches.hook.requests import BlendOutputs
 from attune.patches.hook.sites import select
 from attune.patches.maps import record as maps
 from attune.tests import families
@@ -87,12 +88,12 @@ def test_other_layers_are_untouched():
     for patched in (model.clone(), headfilter.apply(model, heads_of(model, "middle.0.0:0"), "cross")):
         seen = {}
 
-        def look(call, out, value, seen=seen):
-            seen[call.site.name, call.kind] = out.clone()
-            return out
+        def look(call, heads, seen=seen):
+            seen[call.site.name, call.kind] = heads.out.clone()
+            return heads.out
 
         places = {(s.name, kind): None for s in model_sites(model)[1] for kind in s.kinds}
-        request(patched, Request("blend", places, look))
+        request(patched, BlendOutputs(places, look))
         sample(patched, steps=1)
         found.append(seen)
     plain, filtered = found

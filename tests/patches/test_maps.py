@@ -5,7 +5,7 @@ import torch
 
 from attune.methods import maps as maths
 from attune.patches import scfg
-from attune.patches.hook.attention import model_sites
+from attune.patches.hook.install import model_sites
 from attune.patches.maps import record as maps
 from attune.patches.observer import Observer
 from attune.server import graph

@@ -8,7 +8,8 @@ from attune.language.words import prompt_words
 from attune.methods import refine as maths
 from attune.nodes.refine import AttuneRefineMaps
 from attune.patches import fusion, headfilter, refine, regulation, scfg, softpag
-from attune.patches.hook.attention import Request, model_sites, request
+from attune.patches.hook.install import model_sites, request
+from attune.patches.hook.requests import ReadWeights
 from attune.patches.hook.sites import select
 from attune.patches.maps import record as maps
 from attune.tests import families
@@ -83,7 +84,7 @@ def test_span_and_rows():
     for patched in (model.clone(), refine.apply(model, TWO, 1, end_percent=0.4)):
         seen = []
         place = {("input.1.0", "cross"): None}  # nothing before it is changed in a step
-        request(patched, Request("read", place, lambda call, w, seen=seen: seen.append((call.step, call.chunks, w.clone()))))
+        request(patched, ReadWeights(place, lambda call, w, seen=seen: seen.append((call.step, call.chunks, w.clone()))))
         sample(patched, steps=4)
         found.append(seen)
     (step, chunks, plain), (_, _, refined) = found[0][0], found[1][0]
@@ -104,7 +105,7 @@ def test_only_the_prompt_that_the_words_are_of():
     for given, expected in ((TWO, 1), (None, 2)):
         seen = []
         patched = refine.apply(model, given, 1)
-        look = Request("read", {("input.1.0", "cross"): None}, lambda call, w, seen=seen: seen.extend(w), rows="cond")
+        look = ReadWeights({("input.1.0", "cross"): None}, lambda call, w, seen=seen: seen.extend(w), rows="cond")
         request(patched, look)
         sample(patched, positive=[*area, *families.text(1)], steps=1)
         assert len(seen) == 2 and sum(bool((w[..., 1] == 0).any()) for w in seen) == expected

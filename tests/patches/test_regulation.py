@@ -12,7 +12,9 @@ from torch import Tensor
 from attune.language.words import Words
 from attune.methods import regulation as maths
 from attune.patches import regulation
-from attune.patches.hook.attention import AttentionCall, Request, model_sites, request
+from attune.patches.hook.call import AttentionCall
+from attune.patches.hook.install import model_sites, request
+from attune.patches.hook.requests import BlendOutputs, EditWeights, ReadWeights
 from attune.tests import families
 from attune.tests.families import words
 from attune.tests.helpers import close, differs
@@ -49,7 +51,7 @@ class Spy:
         _, sites = model_sites(model)
         where = {(s.name, kind): None for s in sites for kind in s.kinds if kind != "self"}
         self.model = model.clone()
-        request(self.model, Request("read", where, self.look))
+        request(self.model, ReadWeights(where, self.look))
 
     def look(self, call: AttentionCall, weights: Tensor) -> None:
         roles = tuple(role for role in call.chunks for _ in range(call.batch // len(call.chunks)))
@@ -217,10 +219,10 @@ def test_hook_gives_sums_over_copies_and_spreads_the_change():
 
         request(
             patched,
-            Request("edit", {place: (0, 2)}, act, rows="cond", columns=(4, 2), prompt_columns=7),
-            Request("read", {place: None}, lambda call, w, maps=maps: maps.append(w), rows="cond", prompt_columns=7),
-            Request(
-                "read", {place: None}, lambda call, w, maps=maps: maps.append(w), rows="cond", columns=(2, 5), prompt_columns=7
+            EditWeights({place: (0, 2)}, act, rows="cond", columns=(4, 2), prompt_columns=7),
+            ReadWeights({place: None}, lambda call, w, maps=maps: maps.append(w), rows="cond", prompt_columns=7),
+            ReadWeights(
+                {place: None}, lambda call, w, maps=maps: maps.append(w), rows="cond", columns=(2, 5), prompt_columns=7
             ),
         )
         out = sample(patched, negative=[[long[0][0].repeat(1, times, 1), long[0][1]]], batch=2)
@@ -238,7 +240,7 @@ def test_a_prompt_of_another_length_is_left_alone():
     model = families.shared("sd15")
     patched = model.clone()
     place = ("middle.0.0", "cross")
-    request(patched, Request("edit", {place: None}, lambda call, w: (w * 0, None), columns=(9,), prompt_columns=11))
+    request(patched, EditWeights({place: None}, lambda call, w: (w * 0, None), columns=(9,), prompt_columns=11))
     assert torch.equal(sample(patched), sample(model))
 
 
@@ -338,7 +340,7 @@ def test_bf16_models_stay_in_their_dtype(name):
     seen = set()
     patched = regulation.apply(model, TWO, end_percent=1.0)
     place = ("middle.0.0", "self") if name == "sd15" else ("single.1", "joint")
-    request(patched, Request("blend", {place: (0,)}, lambda call, out, value: seen.add(out.dtype) or out))
+    request(patched, BlendOutputs({place: (0,)}, lambda call, heads: seen.add(heads.out.dtype) or heads.out))
     out = sample(patched)
     assert out.isfinite().all() and seen == {torch.bfloat16}
     differs(out, sample(model))
@@ -406,7 +408,7 @@ def test_gradients_flow_through_the_edited_map():
     model = families.shared("sd15")
     patched = regulation.apply(model, TWO, end_percent=1.0)
     maps: list[Tensor] = []
-    request(patched, Request("read", {("output.1.0", "cross"): None}, lambda call, w: maps.append(w), columns=(1,)))
+    request(patched, ReadWeights({("output.1.0", "cross"): None}, lambda call, w: maps.append(w), columns=(1,)))
     options = {**patched.model_options["transformer_options"], "wrappers": patched.wrappers, "cond_or_uncond": [0]}
     with torch.enable_grad():
         x = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_()

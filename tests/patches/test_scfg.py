@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from attune.methods import scfg as maths
 from attune.patches import scfg
-from attune.patches.hook.attention import model_sites
+from attune.patches.hook.install import model_sites
 from attune.patches.maps.record import auto_sites
 from attune.tests import families
 from attune.tests.helpers import close, differs

@@ -14,7 +14,8 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from attune.patches import softpag
 from attune.patches.hook import prefix_cache
-from attune.patches.hook.attention import model_sites
+from attune.patches.hook.families import family_of
+from attune.patches.hook.install import model_sites
 from attune.tests import families
 from attune.tests.families import heads_of
 from attune.tests.helpers import close
@@ -76,11 +77,12 @@ class Counter:
 
     def __init__(self, model):
         diffusion_model = model.model.diffusion_model
-        self.order = prefix_cache.blocks(diffusion_model)
+        self.family = family_of(diffusion_model)
+        self.order = self.family.blocks()
         self.runs = dict.fromkeys(self.order, 0)
         self.handles = []
         for block in self.order:
-            module = prefix_cache._module(diffusion_model, block)
+            module = self.family.block(block)
             module = module[0] if hasattr(diffusion_model, "input_blocks") else module
             self.handles.append(module.register_forward_hook(lambda *_, block=block: self._count(block)))
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-from attune.patches.hook.attention import model_sites
+from attune.patches.hook.install import model_sites
 from attune.patches.hook.sites import select
 from attune.server import layouts
 from attune.server import routes as browser

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from ...demo import model, world
 from ...patches import softpag
-from ...patches.hook.attention import model_sites
+from ...patches.hook.install import model_sites
 from ...patches.hook.sites import select
 from .shared.pictures import Variant, each_of, table
 

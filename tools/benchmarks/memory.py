@@ -14,7 +14,7 @@ import comfy.model_management
 import comfy.model_patcher
 from comfy.ldm.modules.attention import attention_pytorch
 
-from ...patches.hook.attention import model_sites
+from ...patches.hook.install import model_sites
 from ...patches.hook.sites import select
 from ...patches.maps import record as maps
 from .shared import speed

@@ -23,7 +23,7 @@ from ...demo import model, world
 from ...demo.reader import Reader, Verdict, load_reader
 from ...language.words import Phrase, Words, prompt_words
 from ...patches import regulation
-from ...patches.hook.attention import model_sites
+from ...patches.hook.install import model_sites
 from ...patches.hook.sites import select
 from .shared import speed
 from .shared.pictures import generate, interval, paired, verdicts

@@ -6,7 +6,7 @@ import comfy.model_patcher
 from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 
 from ...patches import softpag
-from ...patches.hook.attention import model_sites
+from ...patches.hook.install import model_sites
 from ...patches.hook.sites import select
 from .shared import speed
 from .shared.speed import PLAIN

@@ -22,7 +22,7 @@ from ...language.phrases import fusable
 from ...language.words import Words, prompt_words
 from ...methods import scores
 from ...patches import fusion, gate, headfilter, refine, structure
-from ...patches.hook.attention import model_sites
+from ...patches.hook.install import model_sites
 from ...patches.hook.sites import Heads
 from ...scoring.scorers import Scorer
 from . import regulation

@@ -24,7 +24,7 @@ from attune.patches.detail.blending import Blending
 from attune.patches.detail.branches import BRANCH, EncodedBranch, SubjectColumns
 from attune.patches.detail.encode import encode
 from attune.patches.detail.session import MASKS_FROM, OPTIMIZE, Settings
-from attune.patches.hook.attention import KEY, model_sites
+from attune.patches.hook.install import REQUESTS, model_sites
 from attune.server import previews as live
 from attune.tests import families
 from attune.tests.helpers import close, differs
@@ -474,7 +474,7 @@ def test_nothing_stays_and_the_callback_sees_the_result():
     with pytest.raises(comfy.model_management.InterruptProcessingException):
         run(model, branches(), callback=stop)
     assert torch.equal(alone(model, branches()[0]), alone(families.shared("sd15"), branches()[0]))
-    assert KEY not in model.model_options.get("transformer_options", {})
+    assert REQUESTS not in model.model_options.get("transformer_options", {})
     assert all("forward" not in vars(m) for m in model.model.diffusion_model.modules())
 
 

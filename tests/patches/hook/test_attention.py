@@ -6,8 +6,11 @@ import comfy.samplers
 import pytest
 import torch
 
-from attune.patches.hook import attention as hook
-from attune.patches.hook.attention import Request, Span, model_sites, request
+from attune.patches.hook import install as hook
+from attune.patches.hook.forward import Forward
+from attune.patches.hook.install import model_sites, request
+from attune.patches.hook.requests import BlendOutputs, EditWeights, ReadWeights, ShareMap, Span
+from attune.patches.hook.tensors import CallTensors
 from attune.tests import families
 from attune.tests.helpers import close, differs
 
@@ -51,8 +54,8 @@ def reference(model, place, change):
 def test_blend_with_heads_of_its_own_per_role():
     model = families.shared("sd15")
     requests = [
-        Request("blend", {PLACE: (0, 2)}, lambda call, out, value: 0.5 * out + 0.5 * value, rows="cond"),
-        Request("blend", {PLACE: (1,)}, lambda call, out, value: torch.zeros_like(out), rows="uncond"),
+        BlendOutputs({PLACE: (0, 2)}, lambda call, heads: 0.5 * heads.out + 0.5 * heads.v, rows="cond"),
+        BlendOutputs({PLACE: (1,)}, lambda call, heads: torch.zeros_like(heads.out), rows="uncond"),
     ]
 
     def change(weights, v, roles):
@@ -86,8 +89,8 @@ def test_read(tokens, place, rows):
         assert (call.height, call.width) == (4, 6)
         maps.append(weights)
 
-    single = Request("read", {place: (1, 3)}, read, rows=rows, columns=columns)
-    mean = Request("read", {place: (1, 3)}, read, rows=rows, columns=columns, mean_heads=True)
+    single = ReadWeights({place: (1, 3)}, read, rows=rows, columns=columns)
+    mean = ReadWeights({place: (1, 3)}, read, rows=rows, columns=columns, mean_heads=True)
     settings = {"steps": 1, "batch": 2, "size": (8, 12), "negative": families.text(2, tokens)}
     ours = sample(with_requests(model, single, mean), **settings)
     assert torch.equal(ours, sample(model, **settings))  # reading changes nothing
@@ -115,7 +118,7 @@ def test_read_of_joint_attention_is_image_to_text(name, site):
         maps.append(weights)
 
     settings = {"steps": 1, "size": (7, 10)}
-    sample(with_requests(model, Request("read", {(site, "joint"): None}, read, rows="cond")), **settings)
+    sample(with_requests(model, ReadWeights({(site, "joint"): None}, read, rows="cond")), **settings)
     sample(reference(model, (site, "joint"), change), **settings)
     torch.testing.assert_close(maps[0], expected[0], rtol=1e-3, atol=1e-5)
 
@@ -129,9 +132,9 @@ def test_edits_in_order_on_conditional_rows_only_and_readers_see_them():
         return 2 * weights / total, 1 / total
 
     requests = [
-        Request("edit", {CROSS: None}, scale, rows="cond", columns=first),
-        Request("edit", {CROSS: (0, 2)}, lambda call, w: (w.flip(-1), None), rows="cond", columns=second),
-        Request("read", {CROSS: None}, lambda call, w: seen.append(w), rows="cond"),
+        EditWeights({CROSS: None}, scale, rows="cond", columns=first),
+        EditWeights({CROSS: (0, 2)}, lambda call, w: (w.flip(-1), None), rows="cond", columns=second),
+        ReadWeights({CROSS: None}, lambda call, w: seen.append(w), rows="cond"),
     ]
     maps = []
 
@@ -155,7 +158,7 @@ def test_edits_in_order_on_conditional_rows_only_and_readers_see_them():
 
 def test_share_uses_the_first_rows_map():
     model = families.shared("sd15")
-    share = Request("share", {PLACE: None}, lambda call: torch.zeros(call.batch, dtype=torch.long))
+    share = ShareMap({PLACE: None}, lambda call: torch.zeros(call.batch, dtype=torch.long))
     ours = sample(with_requests(model, share), batch=2)
     close(ours, sample(reference(model, PLACE, lambda weights, v, roles: weights[:1] @ v), batch=2))
     differs(ours, sample(model, batch=2))
@@ -164,7 +167,7 @@ def test_share_uses_the_first_rows_map():
 def test_gradients_flow_through_a_captured_map():
     patched = families.build("sd15")
     maps = []
-    request(patched, Request("read", {CROSS: None}, lambda call, w: maps.append(w), columns=(1,), mean_heads=True))
+    request(patched, ReadWeights({CROSS: None}, lambda call, w: maps.append(w), columns=(1,), mean_heads=True))
     model, context = patched.model, families.text(1)[0][0]
     options = {**patched.model_options["transformer_options"], "wrappers": patched.wrappers, "cond_or_uncond": [0]}
     with torch.enable_grad():
@@ -193,7 +196,7 @@ def test_chains_with_another_override_and_attn1_patches():
     model.set_model_attn1_patch(patch)
     plain = sample(model, steps=1)
     count = dict(called)
-    read = Request("read", {PLACE: None}, lambda call, w: None)
+    read = ReadWeights({PLACE: None}, lambda call, w: None)
     assert torch.equal(sample(with_requests(model, read), steps=1), plain)
     assert called == {k: 2 * v for k, v in count.items()} and all(count.values())
 
@@ -210,10 +213,10 @@ def test_an_owner_of_a_block_keeps_its_effect_and_its_tensors():
     model.set_model_attn2_replace(owner, "middle", 0)
     block_replaced = sample(model, steps=1)
     differs(block_replaced, sample(families.shared("sd15"), steps=1))
-    read = Request("read", {CROSS: None}, lambda call, w: maps.append(w))
+    read = ReadWeights({CROSS: None}, lambda call, w: maps.append(w))
     assert torch.equal(sample(with_requests(model, read), steps=1), block_replaced)
     assert len(maps) == 1 and torch.allclose(maps[0].sum(-1), torch.tensor(1.0))
-    blend = Request("blend", {CROSS: (1,)}, lambda call, out, value: out * 0)
+    blend = BlendOutputs({CROSS: (1,)}, lambda call, heads: heads.out * 0)
     differs(sample(with_requests(model, blend), steps=1), block_replaced)
     assert all(torch.equal(out, copy) for out, copy in kept)
 
@@ -236,16 +239,16 @@ def test_nothing_stays_behind(name):
     place = (sites[-1].name, sites[-1].kind)
     runs = []
 
-    def act(call, out, value):
+    def act(call, heads):
         runs.append(call.run)
         if fail:
             raise RuntimeError("broken")
-        return out
+        return heads.out
 
     def stop(*_):
         raise comfy.model_management.InterruptProcessingException()
 
-    request(patched, Request("blend", {place: None}, act))
+    request(patched, BlendOutputs({place: None}, act))
     before = cropped_state(patched)
     fail = False
     sample(patched, steps=1)
@@ -264,7 +267,7 @@ def test_nothing_stays_behind(name):
 
 def test_outside_its_span_nothing_is_installed(monkeypatch):
     model = families.shared("sd15")
-    never = Request("blend", {PLACE: None}, lambda call, out, value: out * 0, span=Span(0.99, 0.995))
+    never = BlendOutputs({PLACE: None}, lambda call, heads: heads.out * 0, span=Span(0.99, 0.995))
     monkeypatch.setattr(hook, "Forward", None)  # whoever needs it fails
     assert torch.equal(sample(with_requests(model, never)), sample(model))
 
@@ -282,13 +285,14 @@ def test_backends_layouts_and_masks(backend, layout, masked):
     mask = torch.randn(2, 16, 6, generator=generator) if masked else None
     maps = []
     asked = [
-        Request("edit", {CROSS: None}, lambda call, w: (w * 0, None), columns=(2,), rows="cond"),
-        Request("read", {CROSS: None}, lambda call, w: maps.append(w)),
-        Request("blend", {CROSS: (3,)}, lambda call, out, value: out * 2),
+        EditWeights({CROSS: None}, lambda call, w: (w * 0, None), columns=(2,), rows="cond"),
+        ReadWeights({CROSS: None}, lambda call, w: maps.append(w)),
+        BlendOutputs({CROSS: (3,)}, lambda call, heads: heads.out * 2),
     ]
     options = {"cond_or_uncond": [1, 0]}
-    forward = hook.Forward(model.model.diffusion_model, asked, torch.zeros(2, 4, 8, 8), None, options)
-    forward.name, forward.kind, forward.shape = *CROSS, [2, 32, 4, 4]
+    forward = Forward(model.model.diffusion_model, asked, torch.zeros(2, 4, 8, 8), None, options)
+    forward.at(*CROSS)
+    forward.shape = [2, 32, 4, 4]
     settings = {"mask": mask} if masked else {}
     given = (q, k, v)
     if layout == "flat":
@@ -309,7 +313,7 @@ def test_backends_layouts_and_masks(backend, layout, masked):
 
 
 def test_grouped_queries():
-    tensors = hook.Tensors(torch.randn(1, 5, 32), torch.randn(1, 6, 16), torch.randn(1, 6, 16), 4, {})
+    tensors = CallTensors(torch.randn(1, 5, 32), torch.randn(1, 6, 16), torch.randn(1, 6, 16), 4, {})
     assert tensors.q.shape == (1, 4, 5, 8) and tensors.k.shape == (1, 4, 6, 8)
     assert torch.equal(tensors.v[:, 0], tensors.v[:, 1]) and not torch.equal(tensors.v[:, 1], tensors.v[:, 2])
 
@@ -333,7 +337,7 @@ def test_an_edit_of_the_text_leaves_what_an_owner_adds_to_it():
         return 2 * weights * factor, factor
 
     model.set_model_attn2_replace(owner, "middle", 0)
-    patched = with_requests(model, Request("edit", {CROSS: None}, double, columns=(2,)))
+    patched = with_requests(model, EditWeights({CROSS: None}, double, columns=(2,)))
     out = {}
     patched.set_model_attn2_output_patch(lambda t, extra: out.setdefault(tuple(extra["block"]), t.clone()))
     sample(patched, steps=1)
@@ -344,7 +348,7 @@ def test_an_edit_of_the_text_leaves_what_an_owner_adds_to_it():
 def test_three_prompts_at_once_are_refused():
     from comfy_extras.nodes_custom_sampler import Guider_DualCFG
 
-    model = with_requests(families.shared("sd15"), Request("read", {CROSS: None}, lambda call, w: None))
+    model = with_requests(families.shared("sd15"), ReadWeights({CROSS: None}, lambda call, w: None))
     guider = Guider_DualCFG(model)
     guider.set_conds(families.text(1), families.text(2), families.text(3))
     guider.set_cfg(3.0, 2.0)

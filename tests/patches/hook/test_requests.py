@@ -12,8 +12,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from attune.patches.hook import attention as hook
-from attune.patches.hook.attention import Request, request
+from attune.patches.hook.forward import Forward
+from attune.patches.hook.install import request
+from attune.patches.hook.requests import BlendOutputs, EditWeights, ReadWeights, Request, ShareMap
 from attune.tests import families
 from attune.tests.helpers import close, differs
 
@@ -97,7 +98,7 @@ def test_shared_rows_use_anothers_queries_and_keys_for_text_and_image(name: str,
     def change(q: Tensor, k: Tensor, v: Tensor, roles: Tensor) -> Tensor:
         return torch.stack([(softmax(q[s][None], k[s][None]) @ v[i][None])[0] for i, s in enumerate(source)])
 
-    share = Request("share", {place: None}, lambda call: torch.tensor(source))
+    share = ShareMap({place: None}, lambda call: torch.tensor(source))
     ours = sample(with_requests(model, share), batch=2)
     close(ours, sample(reference(model, name, {place: change}), batch=2))
     differs(ours, sample(model, batch=2))
@@ -112,7 +113,7 @@ def test_two_shares_follow_each_other() -> None:
     def change(q: Tensor, k: Tensor, v: Tensor, roles: Tensor) -> Tensor:
         return softmax(q[both], k[both]) @ v
 
-    shares = [Request("share", {place: None}, lambda call, rows=rows: torch.tensor(rows)) for rows in (first, second)]
+    shares = [ShareMap({place: None}, lambda call, rows=rows: torch.tensor(rows)) for rows in (first, second)]
     close(sample(with_requests(model, *shares), batch=2), sample(reference(model, "flux", {place: change}), batch=2))
 
 
@@ -132,13 +133,14 @@ def test_what_follows_a_share_works_on_the_map_of_the_other_row(masked: str) -> 
         settings["mask"] = mask
     source, maps = [2, 0, 0], []
     asked = [
-        Request("share", {CROSS: None}, lambda call: torch.tensor(source)),
-        Request("edit", {CROSS: (1, 2)}, lambda call, w: (3 * w, None), columns=(4,)),
-        Request("read", {CROSS: None}, lambda call, w: maps.append(w)),
-        Request("blend", {CROSS: (2,)}, lambda call, out, value: out * 2),
+        ShareMap({CROSS: None}, lambda call: torch.tensor(source)),
+        EditWeights({CROSS: (1, 2)}, lambda call, w: (3 * w, None), columns=(4,)),
+        ReadWeights({CROSS: None}, lambda call, w: maps.append(w)),
+        BlendOutputs({CROSS: (2,)}, lambda call, heads: heads.out * 2),
     ]
-    forward = hook.Forward(model.model.diffusion_model, asked, torch.zeros(3, 4, 8, 8), None, {"cond_or_uncond": [0]})
-    forward.name, forward.kind, forward.shape = *CROSS, [3, 32, 4, 4]
+    forward = Forward(model.model.diffusion_model, asked, torch.zeros(3, 4, 8, 8), None, {"cond_or_uncond": [0]})
+    forward.at(*CROSS)
+    forward.shape = [3, 32, 4, 4]
     out = forward.override(backends.attention_pytorch, q, k, v, 4, **settings)
     weights = softmax(q, k, added)[source].clone()
     weights[:, 1:3, :, 4] *= 3
@@ -198,7 +200,7 @@ def test_edit_of_text_columns_reaches_the_image_queries_of_its_rows_and_heads(na
         return edited(softmax(q, k), roles == 0, heads, on_map, slice(TEXT, None)) @ v
 
     settings = {"size": (7, 10), "batch": 2}
-    edit = Request("edit", {place: heads}, scale, rows="cond", columns=EDITED)
+    edit = EditWeights({place: heads}, scale, rows="cond", columns=EDITED)
     ours = sample(with_requests(model, edit), **settings)
     close(ours, sample(reference(model, name, {place: change}), **settings))
     differs(ours, sample(model, **settings))
@@ -233,7 +235,7 @@ def test_edit_leaves_everything_else_of_the_output_alone(name: str, site: str, m
         total = weights.sum(-1, keepdim=True)
         return weights * 0, 1 / (1 - total)
 
-    ours = of(with_requests(model, Request("edit", {place: (1,)}, zero, rows="cond", columns=EDITED)))
+    ours = of(with_requests(model, EditWeights({place: (1,)}, zero, rows="cond", columns=EDITED)))
     cond = roles.index(0)
     assert sorted(roles) == [0, 1]
     assert torch.equal(ours[1 - cond], plain[1 - cond])
@@ -274,11 +276,11 @@ def test_two_edits_in_order_and_readers_of_any_rows_and_columns_see_both(name: s
         return weights @ v
 
     requests = [
-        Request("read", {place: read_heads}, lambda call, w: seen["columns"].append(w), columns=columns),
-        Request("edit", {place: (0, 1)}, halve, rows="cond", columns=EDITED),
-        Request("read", {place: read_heads}, lambda call, w: seen["mean"].append(w), columns=columns, mean_heads=True),
-        Request("edit", {place: None}, copy, rows="cond", columns=(6, 4)),
-        Request("read", {place: None}, lambda call, w: seen["all"].append(w), rows="cond"),
+        ReadWeights({place: read_heads}, lambda call, w: seen["columns"].append(w), columns=columns),
+        EditWeights({place: (0, 1)}, halve, rows="cond", columns=EDITED),
+        ReadWeights({place: read_heads}, lambda call, w: seen["mean"].append(w), columns=columns, mean_heads=True),
+        EditWeights({place: None}, copy, rows="cond", columns=(6, 4)),
+        ReadWeights({place: None}, lambda call, w: seen["all"].append(w), rows="cond"),
     ]
     settings = {"negative": families.text(2, tokens), "steps": 1}
     ours = sample(with_requests(model, *requests), **settings)
@@ -307,8 +309,8 @@ def test_edits_of_different_rows_and_columns_do_not_mix() -> None:
         return edited(weights, roles == 1, (0, 2), scaled([4, 6], 0), slice(TEXT, None)) @ v
 
     requests = [
-        Request("edit", {place: (0,)}, lambda call, w: (5 * w, None), rows="cond", columns=(4, 1)),
-        Request("edit", {place: (0, 2)}, lambda call, w: (0 * w, None), rows="uncond", columns=(6, 4)),
+        EditWeights({place: (0,)}, lambda call, w: (5 * w, None), rows="cond", columns=(4, 1)),
+        EditWeights({place: (0, 2)}, lambda call, w: (0 * w, None), rows="uncond", columns=(6, 4)),
     ]
     ours = sample(with_requests(model, *requests), batch=2)
     close(ours, sample(reference(model, "sd3", {place: change}), batch=2))
@@ -336,9 +338,9 @@ def test_reference_pictures_and_masks_of_flux(site: str) -> None:
         return out
 
     requests = [
-        Request("edit", {place: (1, 3)}, halve, rows="cond", columns=EDITED),
-        Request("read", {place: None}, lambda call, w: seen.append(w), rows="cond"),
-        Request("blend", {place: (2,)}, lambda call, out, value: value),
+        EditWeights({place: (1, 3)}, halve, rows="cond", columns=EDITED),
+        ReadWeights({place: None}, lambda call, w: seen.append(w), rows="cond"),
+        BlendOutputs({place: (2,)}, lambda call, heads: heads.v),
     ]
     settings = {"positive": families.text(1, **more), "negative": families.text(2, **more), "steps": 1}
     ours = sample(with_requests(model, *requests), **settings)
@@ -380,9 +382,9 @@ def test_tokens_put_before_the_text_of_flux_are_neither_text_nor_image(site: str
 
     model.set_model_post_input_patch(prepend)
     requests = [
-        Request("edit", {place: (1, 3)}, lambda call, w: (4 * w, None), rows="cond", columns=EDITED),
-        Request("read", {place: None}, lambda call, w: seen.append(w), rows="cond"),
-        Request("blend", {place: (2,)}, lambda call, out, value: value),
+        EditWeights({place: (1, 3)}, lambda call, w: (4 * w, None), rows="cond", columns=EDITED),
+        ReadWeights({place: None}, lambda call, w: seen.append(w), rows="cond"),
+        BlendOutputs({place: (2,)}, lambda call, heads: heads.v),
     ]
     ours = sample(with_requests(model, *requests), steps=1)
     close(ours, sample(reference(model, "flux", {place: change}), steps=1))
@@ -415,10 +417,10 @@ def everywhere(name: str, maps: dict[Place, list[Tensor]]) -> list[Request]:
             assert (call.site.name, call.kind) == place
             maps.setdefault(place, []).append(weights)
 
-        def blend(call: Any, out: Tensor, value: Tensor, share: float = 0.1 * (i + 1)) -> Tensor:
-            return (1 - share) * out + share * value
+        def blend(call: Any, heads: Any, share: float = 0.1 * (i + 1)) -> Tensor:
+            return (1 - share) * heads.out + share * heads.v
 
-        requests += [Request("read", {place: None}, read), Request("blend", {place: (i % 3,)}, blend)]
+        requests += [ReadWeights({place: None}, read), BlendOutputs({place: (i % 3,)}, blend)]
     return requests
 
 
@@ -515,9 +517,9 @@ def test_gradients_pass_through_a_map_in_an_owned_block() -> None:
 
     def gradient(patched: Any) -> Tensor:
         maps: list[Tensor] = []
-        blend = Request("blend", {place: (0,)}, lambda call, out, value: 0.5 * out + 0.5 * value)
-        last = Request("read", {("joint.2", "joint"): None}, lambda call, w: maps.append(w), columns=(1,))
-        read = Request("read", {place: None}, lambda call, w: maps.append(w), columns=(1,))
+        blend = BlendOutputs({place: (0,)}, lambda call, heads: 0.5 * heads.out + 0.5 * heads.v)
+        last = ReadWeights({("joint.2", "joint"): None}, lambda call, w: maps.append(w), columns=(1,))
+        read = ReadWeights({place: None}, lambda call, w: maps.append(w), columns=(1,))
         patched = with_requests(patched, blend, read, last)
         options = {**patched.model_options["transformer_options"], "wrappers": patched.wrappers, "cond_or_uncond": [0]}
         context, more = families.text(1)[0]
@@ -544,9 +546,7 @@ def test_blends_act_in_the_order_of_the_graph(name: str, place: Place, order: tu
     """Each sees what the one before it made of the heads that they have in common."""
     model = families.shared(name)
     acts = [lambda out, value: out * 2, lambda out, value: out + value]
-    requests = [
-        Request("blend", {place: ((0, 2), (2, 3))[i]}, lambda call, out, value, i=i: acts[i](out, value)) for i in order
-    ]
+    requests = [BlendOutputs({place: ((0, 2), (2, 3))[i]}, lambda call, heads, i=i: acts[i](heads.out, heads.v)) for i in order]
 
     def change(q: Tensor, k: Tensor, v: Tensor, roles: Tensor) -> Tensor:
         out = softmax(q, k) @ v
@@ -600,10 +600,10 @@ def test_verbs_act_in_their_order_whatever_the_order_of_the_graph(name: str, pla
         return out
 
     requests = [
-        Request("blend", {place: (0,)}, lambda call, out, value: out * 2),
-        Request("read", {place: None}, lambda call, w: seen.append(w[..., 0]), columns=(column,)),
-        Request("edit", {place: (0,)}, lambda call, w: (w * 0, None), rows="cond", columns=(column,)),
-        Request("share", {place: None}, lambda call: torch.tensor(source)),
+        BlendOutputs({place: (0,)}, lambda call, heads: heads.out * 2),
+        ReadWeights({place: None}, lambda call, w: seen.append(w[..., 0]), columns=(column,)),
+        EditWeights({place: (0,)}, lambda call, w: (w * 0, None), rows="cond", columns=(column,)),
+        ShareMap({place: None}, lambda call: torch.tensor(source)),
     ]
     ours = sample(with_requests(model, *requests), batch=2, steps=1)
     written = written_out(model, name, place, change)
@@ -630,21 +630,20 @@ def test_all_verbs_with_grouped_queries() -> None:
         out = torch.cat([softmax(q[:, h : h + 1], k[:, h // 2, None]) @ v[:, h // 2, None] for h in range(4)], dim=1)
         return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
 
-    edit = Request("edit", {CROSS: (1, 2)}, lambda call, w: (w * 0, None), columns=(2,))
-    blend = Request("blend", {CROSS: (3,)}, lambda call, out, value: out * 2)
-    share = Request("share", {CROSS: None}, lambda call: torch.tensor([1, 0]))
+    edit = EditWeights({CROSS: (1, 2)}, lambda call, w: (w * 0, None), columns=(2,))
+    blend = BlendOutputs({CROSS: (3,)}, lambda call, heads: heads.out * 2)
+    share = ShareMap({CROSS: None}, lambda call: torch.tensor([1, 0]))
     for shares in (False, True):
         rows = [1, 0] if shares else [0, 1]
         right = softmax(q[rows], wide[0][rows])
         right[:, 1:3, :, 2] = 0
         for layout in ("tokens", "heads"):
             maps: list[Tensor] = []
-            read = Request("read", {CROSS: None}, lambda call, w, maps=maps: maps.append(w))
+            read = ReadWeights({CROSS: None}, lambda call, w, maps=maps: maps.append(w))
             asked = [*([share] if shares else []), edit, read, blend]
-            forward = hook.Forward(
-                model.model.diffusion_model, asked, torch.zeros(2, 4, 8, 8), None, {"cond_or_uncond": [1, 0]}
-            )
-            forward.name, forward.kind, forward.shape = *CROSS, [2, 32, 4, 4]
+            forward = Forward(model.model.diffusion_model, asked, torch.zeros(2, 4, 8, 8), None, {"cond_or_uncond": [1, 0]})
+            forward.at(*CROSS)
+            forward.shape = [2, 32, 4, 4]
             given, settings = (q, k, v), {"skip_reshape": True, "skip_output_reshape": True, "enable_gqa": True}
             if layout == "tokens":
                 given, settings = tuple(t.transpose(1, 2).flatten(2) for t in given), {}
@@ -663,9 +662,10 @@ def test_a_mask_given_by_place_counts() -> None:
     q, k, v = (torch.randn(2, n, 32, generator=generator) for n in (16, 6, 6))
     mask = 2 * torch.randn(16, 6, generator=generator)
     maps: list[Tensor] = []
-    read = Request("read", {CROSS: None}, lambda call, w: maps.append(w))
-    forward = hook.Forward(model.model.diffusion_model, [read], torch.zeros(2, 4, 8, 8), None, {"cond_or_uncond": [1, 0]})
-    forward.name, forward.kind, forward.shape = *CROSS, [2, 32, 4, 4]
+    read = ReadWeights({CROSS: None}, lambda call, w: maps.append(w))
+    forward = Forward(model.model.diffusion_model, [read], torch.zeros(2, 4, 8, 8), None, {"cond_or_uncond": [1, 0]})
+    forward.at(*CROSS)
+    forward.shape = [2, 32, 4, 4]
     forward.override(backends.attention_pytorch, q, k, v, 4, mask)
     q, k = (torch.stack(t.chunk(4, dim=-1), dim=1) for t in (q, k))
     torch.testing.assert_close(maps[0], softmax(q, k, mask), rtol=1e-4, atol=1e-5)
@@ -698,7 +698,7 @@ def test_another_override_is_chained_before_or_after(name: str, place: Place, ou
 
     right = model.clone()
     right.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = both
-    blend = Request("blend", {place: (1,)}, lambda call, out, value: out + 1)
+    blend = BlendOutputs({place: (1,)}, lambda call, heads: heads.out + 1)
     ours = theirs(with_requests(model, blend)) if ours_first else with_requests(theirs(model), blend)
     out = sample(ours)
     close(out, sample(right))

@@ -3,8 +3,9 @@
 import pytest
 import torch
 
-from attune.patches.hook.attention import model_sites
-from attune.patches.hook.sites import check, family, select
+from attune.patches.hook.families import family
+from attune.patches.hook.install import model_sites
+from attune.patches.hook.sites import check, select
 from attune.tests import families
 
 EXPECTED = {

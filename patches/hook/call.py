@@ -1,0 +1,79 @@
+"""One call of attention, as methods see it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+from .families.base import Tokens
+from .parts import Chunk, chunks_of
+from .requests import ALL, COND, UNCOND, Rows
+from .run import SamplingRun
+from .sites import Site
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """One call of attention, as methods see it.
+
+    Attributes:
+        site, kind: where.
+        tokens: what the tokens are; `height`, `width`, `image` and `text` say the same.
+        batch: rows in the call; ``chunks[i]`` (0 conditional, 1 unconditional) is what chunk ``i`` of equal parts of it is.
+        perturbed: this is a forward of our own, in which every row counts as conditional.
+        uuids: ComfyUI's name of the conditioning that each chunk belongs to.
+        latent: height and width of the latent of this forward (smaller than the picture's under a conditioning area).
+        sigma: noise level, ``[pictures]``.
+        steps: how many the sampler makes, or None outside one.
+        step: number of the sampling step, or None outside a sampler.
+        run: the run's state, or None outside a sampling run.
+    """
+
+    site: Site
+    kind: str
+    tokens: Tokens
+    batch: int
+    chunks: tuple[int, ...]
+    perturbed: bool
+    uuids: tuple[Any, ...]
+    latent: tuple[int, int]
+    sigma: Tensor | None
+    steps: int | None
+    step: int | None
+    run: SamplingRun | None
+
+    @property
+    def height(self) -> int:
+        return self.tokens.height
+
+    @property
+    def width(self) -> int:
+        return self.tokens.width
+
+    @property
+    def image(self) -> slice:
+        return self.tokens.image
+
+    @property
+    def text(self) -> slice:
+        return self.tokens.text
+
+    @property
+    def pictures(self) -> int:
+        """Rows in each chunk."""
+        return self.batch // len(self.chunks)
+
+    def parts(self, who: str = ALL) -> tuple[Chunk, ...]:
+        """The chunks whose rows a request for ``cond``, ``uncond`` or ``all`` is given, in order."""
+        wanted = None if who == ALL or (who == COND and self.perturbed) else 0 if who == COND else 1
+        return () if self.perturbed and who == UNCOND else chunks_of(self.batch, self.chunks, self.uuids, wanted)
+
+    def rows(self, who: Rows) -> slice | list[int]:
+        """Row numbers of a role, or of pictures in a forward of our own; a slice where it is everything."""
+        if who == ALL or (who == COND and self.perturbed):
+            return slice(0, self.batch)
+        if isinstance(who, tuple):
+            return [c.rows.start + picture for c in self.parts() for picture in who] if self.perturbed else []
+        return [row for c in self.parts(who) for row in range(c.rows.start, c.rows.stop)]

@@ -1,0 +1,52 @@
+"""The kinds of models that the hook knows, one short description each.
+
+To add one: a file with a `Family`, and its line in `FAMILIES`.
+"""
+
+from __future__ import annotations
+
+from torch import nn
+
+from ..sites import Site
+from .base import Family
+from .flux import Flux
+from .sd3 import SD3
+from .unet import UNet
+
+FAMILIES: tuple[type[Family], ...] = (UNet, SD3, Flux)
+
+
+def family_of(diffusion_model: nn.Module) -> Family:
+    """The description of a model.
+
+    Raises:
+        ValueError: for a model that this pack has no sites for.
+    """
+    for kind in FAMILIES:
+        if kind.fits(diffusion_model):
+            return kind(diffusion_model)
+    raise ValueError(
+        f"Attune does not know the model class {type(diffusion_model).__name__}. "
+        "It works with SD1.5, SD2, SDXL (UNet), SD3 / SD3.5 (MMDiT) and FLUX models; connect one of these."
+    )
+
+
+def family(diffusion_model: nn.Module) -> str:
+    """``unet``, ``sd3`` or ``flux``.
+
+    Raises:
+        ValueError: for a model that this pack has no sites for.
+    """
+    return family_of(diffusion_model).name
+
+
+def sites(diffusion_model: nn.Module) -> tuple[Site, ...]:
+    """Every site of a model in order of execution.
+
+    Raises:
+        ValueError: for a model that this pack has no sites for.
+    """
+    found = family_of(diffusion_model).sites()
+    if not found:
+        raise ValueError(f"this {type(diffusion_model).__name__} has no attention layers for Attune to work on")
+    return tuple(found)

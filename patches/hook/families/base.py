@@ -1,0 +1,127 @@
+"""What the hook has to know of a kind of model: its blocks in order, where they attend, and which call of attention is which."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+from torch import nn
+
+from ..sites import Site
+
+if TYPE_CHECKING:
+    from ..forward import Forward
+
+Block = tuple[str, int]  # an attribute of the diffusion model, and the number of the block in it
+
+
+@dataclass(frozen=True)
+class Tokens:
+    """What the tokens of a call are.
+
+    Attributes:
+        height, width: the image tokens' grid.
+        image: which tokens (queries, and keys in self- and joint attention) are image.
+        text: which keys are text.
+    """
+
+    height: int
+    width: int
+    image: slice
+    text: slice
+
+
+class Family:
+    """A kind of model; an instance describes one diffusion model, and lives for one forward where it is to locate its calls.
+
+    Attributes:
+        name: as it is in head sets and files; it never changes.
+        known_by: attributes that a diffusion model of this kind has.
+        containers: attributes that hold its blocks, in order of execution, and what the blocks' sites are called.
+        skips: whether later blocks take the outputs of all blocks before them, not only of the last.
+    """
+
+    name: ClassVar[str]
+    known_by: ClassVar[tuple[str, ...]]
+    containers: ClassVar[tuple[tuple[str, str], ...]]
+    skips: ClassVar[bool] = False
+
+    def __init__(self, diffusion_model: Any):
+        self.model = diffusion_model
+
+    @classmethod
+    def fits(cls, diffusion_model: nn.Module) -> bool:
+        """Whether a diffusion model is of this kind."""
+        return all(hasattr(diffusion_model, a) for a in (*cls.known_by, *(held for held, _ in cls.containers)))
+
+    def blocks(self) -> list[Block]:
+        """The model's blocks in order of execution."""
+        return [(attribute, i) for attribute, _ in self.containers for i in range(len(getattr(self.model, attribute)))]
+
+    def block(self, block: Block) -> Any:
+        """The module of a block."""
+        return getattr(self.model, block[0])[block[1]]
+
+    def sites(self) -> list[Site]:
+        """Every site, in order of execution."""
+        raise NotImplementedError
+
+    def locating(self, forward: Forward) -> contextlib.AbstractContextManager[None]:
+        """Make a forward know at every call of attention where it is (`Forward.at`), while it lasts."""
+        raise NotImplementedError
+
+    def tokens(self, forward: Forward, queries: int, keys: int) -> Tokens:
+        """What the tokens of the call that is going on are."""
+        raise NotImplementedError
+
+
+class Transformer(Family):
+    """A stack of blocks that attend to text and image, each once or several times; subclasses are descriptions."""
+
+    def attention(self, block: Any) -> tuple[int, tuple[str, ...]]:
+        """Of a block: its heads, and the kinds of its calls of attention in order."""
+        raise NotImplementedError
+
+    def sites(self) -> list[Site]:
+        found: list[Site] = []
+        for attribute, number in self.blocks():
+            heads, kinds = self.attention(self.block((attribute, number)))
+            name = f"{dict(self.containers)[attribute]}.{number}"
+            found.append(Site(name, heads, kinds, len(found), (attribute, number), self.model.patch_size))
+        return found
+
+    def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A block's keywords while calls in it are counted."""
+        return kwargs
+
+    @contextlib.contextmanager
+    def locating(self, forward: Forward) -> Iterator[None]:
+        handles = []
+
+        def marker(name: str) -> Callable[..., Any]:
+            def mark(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
+                forward.enter(name)
+                return args, self.arguments(kwargs)
+
+            return mark
+
+        for site in forward.by_name.values():
+            handles.append(self.block(site.block).register_forward_pre_hook(marker(site.name), with_kwargs=True))
+        try:
+            yield
+        finally:
+            for handle in handles:
+                handle.remove()
+
+    def text_before(self, forward: Forward, joint: int) -> tuple[int, int]:
+        """Tokens before the image, and how many of them, at their end, are the prompt's; ``joint`` tokens are not of the image."""
+        return joint, joint
+
+    def tokens(self, forward: Forward, queries: int, keys: int) -> Tokens:
+        patch = self.model.patch_size
+        height, width = ((n + patch - 1) // patch for n in forward.x.shape[-2:])
+        count = height * width
+        before, prompt = self.text_before(forward, keys - count if forward.kind == "joint" else 0)
+        return Tokens(height, width, slice(before, before + count), slice(before - prompt, before))

@@ -1,0 +1,51 @@
+"""FLUX.1: joint attention in double and single blocks, text first, then the image, then reference pictures."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from .base import Transformer
+
+if TYPE_CHECKING:
+    from ..forward import Forward
+
+
+class Flux(Transformer):
+    """ComfyUI's ``Flux``."""
+
+    name = "flux"
+    known_by = ("img_in", "time_in")  # Chroma has no time_in
+    containers = (("double_blocks", "double"), ("single_blocks", "single"))
+
+    def __init__(self, diffusion_model: Any):
+        super().__init__(diffusion_model)
+        self.before = 0  # tokens before the image; other packs may put tokens of their own before the prompt's
+
+    @classmethod
+    def fits(cls, diffusion_model: nn.Module) -> bool:
+        flat = isinstance(getattr(diffusion_model, "patch_size", None), int)  # HunyuanVideo's has three sides
+        return flat and super().fits(diffusion_model)
+
+    def attention(self, block: Any) -> tuple[int, tuple[str, ...]]:
+        return block.num_heads, ("joint",)
+
+    @contextlib.contextmanager
+    def locating(self, forward: Forward) -> Iterator[None]:
+        def count(args: dict[str, Any]) -> dict[str, Any]:
+            self.before = args["txt"].shape[1]
+            return args
+
+        patches = dict(forward.options.get("patches", {}))
+        forward.options["patches"] = {**patches, "post_input": [*patches.get("post_input", ()), count]}
+        with super().locating(forward):
+            yield
+
+    def text_before(self, forward: Forward, joint: int) -> tuple[int, int]:
+        if forward.context is None:
+            return joint, joint
+        prompt = forward.context.shape[1]
+        return self.before or prompt, prompt

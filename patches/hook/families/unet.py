@@ -1,0 +1,101 @@
+"""UNets (SD1.5, SD2, SDXL): transformers in blocks of three sizes and more, each with self-attention and cross-attention."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any
+
+from torch import Tensor
+
+from ..sites import Site
+from .base import Block, Family, Tokens
+
+if TYPE_CHECKING:
+    from ..forward import Forward
+
+
+class UNet(Family):
+    """ComfyUI's ``UNetModel``. It says itself where it is, in the options; a block is a list of layers, which ComfyUI walks."""
+
+    name = "unet"
+    known_by = ()
+    containers = (("input_blocks", "input"), ("middle_block", "middle"), ("output_blocks", "output"))
+    skips = True
+
+    def blocks(self) -> list[Block]:
+        found: list[Block] = []
+        for attribute, _ in self.containers:
+            held = getattr(self.model, attribute)
+            count = 0 if held is None else 1 if attribute == "middle_block" else len(held)
+            found += [(attribute, number) for number in range(count)]
+        return found
+
+    def block(self, block: Block) -> Any:
+        return self.model.middle_block if block[0] == "middle_block" else super().block(block)
+
+    def sites(self) -> list[Site]:
+        found: list[Site] = []
+        stride = 1
+        for block in self.blocks():
+            for layer in self.block(block):
+                stride = int(stride * _resampling(layer))
+                for i, transformer in enumerate(getattr(layer, "transformer_blocks", ())):
+                    kinds = ("self",) if transformer.attn2 is None else ("self", "cross")
+                    name = f"{dict(self.containers)[block[0]]}.{block[1]}.{i}"
+                    found.append(Site(name, transformer.n_heads, kinds, len(found), block, stride))
+        return found
+
+    @contextlib.contextmanager
+    def locating(self, forward: Forward) -> Iterator[None]:
+        """Blocks say where they are in ``attn*_patch``; blocks that a ``patches_replace`` owns are met around the owner."""
+        options = forward.options
+        patches = dict(options.get("patches", {}))
+        replaced = {name: dict(owners) for name, owners in options.get("patches_replace", {}).items()}
+        for kind, name in (("self", "attn1"), ("cross", "attn2")):
+            patches[f"{name}_patch"] = [*patches.get(f"{name}_patch", ()), self._mark(forward, kind)]
+            for block, owner in replaced.get(name, {}).items():
+                replaced[name][block] = self._around(forward, kind, owner)
+        options["patches"], options["patches_replace"] = patches, replaced
+        yield
+
+    def _mark(self, forward: Forward, kind: str) -> Callable[..., Any]:
+        def patch(n: Tensor, context: Any, value: Any, extra: dict[str, Any]) -> Any:
+            _locate(forward, kind, extra)
+            if kind == "self":
+                block = extra.get("block") or ("", 0)
+                owners = forward.options["patches_replace"].get("attn1", {})
+                if block not in owners and (*block, extra.get("block_index", 0)) not in owners:  # an owner expects every row
+                    n, context = forward.needed(n, context)
+            return n, context, value
+
+        return patch
+
+    def _around(self, forward: Forward, kind: str, owner: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        def replacement(q: Tensor, k: Tensor, v: Tensor, extra: dict[str, Any], *args: Any, **kwargs: Any) -> Tensor:
+            _locate(forward, kind, extra)
+
+            def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+                return owner(q, k, v, extra, *args, **kwargs)
+
+            return forward.around_owner(q, k, v, extra["n_heads"], attend)
+
+        return replacement
+
+    def tokens(self, forward: Forward, queries: int, keys: int) -> Tokens:
+        height, width = forward.shape[-2:] if forward.shape else (1, queries)
+        if height * width != queries:  # another pack regroups the tokens (HyperTile and the like)
+            height, width = 1, queries
+        return Tokens(height, width, slice(0, queries), slice(0, keys))
+
+
+def _locate(forward: Forward, kind: str, extra: dict[str, Any]) -> None:
+    block = extra.get("block") or ("", 0)
+    forward.at(f"{block[0]}.{block[1]}.{extra.get('block_index', 0)}", kind)
+    forward.shape = extra.get("activations_shape", [])
+
+
+def _resampling(layer: Any) -> float:
+    """How a layer changes the latent pixels per token: 2, 1 or 0.5."""
+    part = layer.h_upd if getattr(layer, "updown", False) else layer
+    return {"Downsample": 2.0, "Upsample": 0.5}.get(type(part).__name__, 1.0)

@@ -1,0 +1,36 @@
+"""The chunks of ComfyUI's batches."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """One conditioning's rows of a batch; ComfyUI's batches are chunks of equal size, a row per picture.
+
+    Attributes:
+        uuid: ComfyUI's name of the conditioning, or None where it has none.
+        role: 0 conditional, 1 unconditional.
+        rows: in the batch.
+        given: the same rows among those that a request is given (see `AttentionCall.parts`).
+    """
+
+    uuid: Any
+    role: int
+    rows: slice
+    given: slice
+
+
+def chunks_of(batch: int, roles: Sequence[int], uuids: Sequence[Any], wanted: int | None = None) -> tuple[Chunk, ...]:
+    """The chunks of a batch, or those of one role."""
+    size = batch // max(len(roles), 1)
+    out: list[Chunk] = []
+    for number, role in enumerate(roles):
+        if wanted is None or role == wanted:
+            uuid = uuids[number] if number < len(uuids) else None
+            first, given = number * size, len(out) * size
+            out.append(Chunk(uuid, role, slice(first, first + size), slice(given, given + size)))
+    return tuple(out)
