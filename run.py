@@ -10,11 +10,11 @@ COMMANDS = {
         "make pictures with a real ComfyUI, with and without guidance, and a grid that compares them",
     ),
     "train": ("tools.training.command", "train a bundled model, shapes or stickers"),
-    "evaluate": ("tools.benchmarks.evaluate", "measure how well a model draws what its prompts say"),
     "reader": ("tools.training.reader", "train or check the reader of pictures that the benchmarks use"),
     "premises": ("tools.premises", "check that a bundled model shares the facts of large models that methods build on"),
     "hunt": ("hunt.command", "search for attention heads as a config file says, here or on a Ray cluster"),
     "locales": ("tools.locales", "write the English words of the nodes for the frontend, and check the other languages"),
+    "measurements": ("tools.measurements", "write the tables of MEASUREMENTS.md and the README from the benchmarks' results"),
     "architecture": ("tools.architecture", "write the picture of the folders and their imports into CONTRIBUTING.md"),
     "bench": ("tools.benchmarks.<name>", "run one of the benchmarks, by name"),
 }

@@ -11,6 +11,7 @@ from typing import Any
 from ...language.branches import Branch
 from ...language.decompose import decompose
 from ...language.writing import article
+from .shared.records import recorded
 
 LABELS = Path(__file__).parents[2] / "tests" / "data" / "decompose.jsonl"
 SPLITS = ("tune", "held_out")
@@ -77,6 +78,7 @@ def shares() -> dict[tuple[str, str], tuple[int, int]]:
     return out
 
 
+@recorded
 def main(argv: list[str]) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="run.py bench decompose", description=__doc__)
@@ -85,9 +87,10 @@ def main(argv: list[str]) -> int:
         for label in labels():
             if label["split"] == "tune" and (wrong := faults(label)):
                 print("\n  ".join([label["prompt"], *wrong]))
-    print("right / all     " + "".join(f"{split:>18}" for split in SPLITS))
+    print(f"| right / all | {' | '.join(split.replace('_', ' ') for split in SPLITS)} |")
+    print("|---" * (1 + len(SPLITS)) + "|")
     found = shares()
     for kind in KINDS:
         cells = (f"{r} / {n} ({r / n:.0%})" for r, n in (found[kind, split] for split in SPLITS))
-        print(f"{kind:<16}" + "".join(f"{cell:>18}" for cell in cells))
+        print(f"| {kind} | {' | '.join(cells)} |")
     return 0

@@ -26,6 +26,7 @@ from ...patches.detail.encode import encode
 from ...patches.detail.session import FINISH, MASKS_FROM, OPTIMIZE, Settings
 from .shared import speed
 from .shared.pictures import generate, interval, paired, verdicts
+from .shared.records import recorded
 
 ROWS = dict(zip(OPTIMIZE, ("+ PDI", "+ entropy", "+ centroid"), strict=True))
 COUNT = 4  # branches in the cost table: a base, one without details, two subjects
@@ -237,6 +238,7 @@ EFFECT = (
 )
 
 
+@recorded
 def main(argv: list[str]) -> int:
     """Print the cost at SD1.5's size, then the ablation on the bundled model's pictures."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -14,11 +14,13 @@ from ...patches import softpag
 from ...patches.hook.install import model_sites
 from ...patches.hook.sites import select
 from .shared.pictures import Variant, each_of, table
+from .shared.records import recorded
 
 
+@recorded
 def main(argv: list[str]) -> int:
     """Print the table of the plain model and SoftPAG at several CFG scales."""
-    parser = argparse.ArgumentParser(prog="run.py evaluate", description=__doc__)
+    parser = argparse.ArgumentParser(prog="run.py bench evaluate", description=__doc__)
     parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--things", type=int, default=2, help="objects in a prompt, 1 to 3")
     parser.add_argument("--split", choices=("test", "tune"), default="test", help="tune is for choosing settings")

@@ -30,6 +30,7 @@ from ...hunt.report import report, sheet, story, time_left
 from ...methods.headhunter import evaluations
 from ...patches import softpag
 from .shared.pictures import sample
+from .shared.records import recorded
 
 LIMIT = 0.6
 GPUS = (1, 8, 64)
@@ -237,6 +238,7 @@ def paper(args: argparse.Namespace) -> None:
         print(f"| {name} | {layers * heads} | {pictures} | {guided / 1e15:.2f} | {alike / 1e15:.2f} | {' | '.join(cells)} |")
 
 
+@recorded
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="run.py bench headhunter", description=__doc__)
     parser.add_argument("parts", nargs="*", choices=("cost", "effect", "paper", []), help="which parts (default: all)")

@@ -18,6 +18,7 @@ from ...patches.hook.install import model_sites
 from ...patches.hook.sites import select
 from ...patches.maps import record as maps
 from .shared import speed
+from .shared.records import recorded
 
 AIM = 0.4
 UNLIMITED = 1 << 20  # MB
@@ -43,6 +44,7 @@ def captured(plain: comfy.model_patcher.ModelPatcher, kind: str, kept: str) -> d
     return {name: maps.apply(plain, heads, kind, kept, limit_mb=UNLIMITED) for name, heads in choices.items()}
 
 
+@recorded
 def main(argv: list[str]) -> int:
     """Print the table and what is saved."""
     parser = argparse.ArgumentParser(prog="run.py bench memory", description=__doc__)

@@ -27,6 +27,7 @@ from ...patches.hook.install import model_sites
 from ...patches.hook.sites import select
 from .shared import speed
 from .shared.pictures import generate, interval, paired, verdicts
+from .shared.records import recorded
 from .shared.speed import PLAIN
 
 HALF = "regulation, half of the steps"
@@ -132,7 +133,8 @@ def table(captions: Sequence[world.Caption], cfg: float, seed: int, rows: Sequen
 
 def settings(parser: argparse.ArgumentParser) -> None:
     """Options of the second table; several values of one make a row each, of several ones a row for every combination."""
-    parser.add_argument("--prompts", type=int, default=500, help="0 skips the effect")
+    parser.add_argument("--cost-only", action="store_true", help="skip the effect")
+    parser.add_argument("--prompts", type=int, default=500)
     parser.add_argument("--things", type=int, default=2, help="objects in a prompt, 1 to 3")
     parser.add_argument("--split", choices=("test", "tune"), default="test", help="tune is for choosing settings")
     parser.add_argument("--cfg", type=float, default=5.0)
@@ -164,16 +166,20 @@ def rows(args: argparse.Namespace) -> list[tuple[str, Callable]]:
     return out
 
 
+@recorded
 def main(argv: list[str]) -> int:
     """Print the cost at SD1.5's size, the launches, then the effect on the bundled model's pictures."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     settings(parser)
     own, rest = parser.parse_known_args(argv)
     if not own.effect_only:
-        about = f"{__doc__} Also: --effect-only; of the second table --prompts, --things, --split, --cfg, --seed, and the node's settings."
+        about = (
+            f"{__doc__} Also: --cost-only, --effect-only; of the second table --prompts, --things, --split, --cfg, --seed, and the node's "
+            "settings."
+        )
         speed.main("regulation", about, variants, LIMITS, rest, with_flops=False)
         print(f"\nkernel launches per regulated layer and step: {launches():.0f} (limit {LAUNCHES})")
-    if own.prompts:
+    if not own.cost_only:
         print(
             f"\nThe bundled model, {own.prompts} held-out prompts of {own.things} things ({own.split}), 20 steps, cfg {own.cfg:g}, the same "
             "seeds:"

@@ -13,6 +13,7 @@ from ...patches import scfg
 from ...patches.maps import record as maps
 from .shared import speed
 from .shared.pictures import Variant, table
+from .shared.records import recorded
 from .shared.speed import PLAIN
 
 LIMITS = {"S-CFG": 1.10}
@@ -34,17 +35,20 @@ def _patched(reference: str, model: Any) -> Any:
     return scfg.apply(model, reference)[0]
 
 
+@recorded
 def main(argv: list[str]) -> int:
     """Print the cost at SD1.5's size, then the effect on the bundled model's pictures."""
     parser = argparse.ArgumentParser(add_help=False)
+    parser.add_argument("--cost-only", action="store_true", help="skip the effect")
+    parser.add_argument("--effect-only", action="store_true", help="skip the cost")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--split", choices=("test", "tune"), default="test")
     parser.add_argument("--cfg", type=float, default=5.0)
     own, rest = parser.parse_known_args(argv)
-    speed.main(
-        "scfg", f"{__doc__} Also: --prompts, --split, --cfg of the second table.", variants, LIMITS, rest, with_flops=False
-    )
-    if own.prompts:
+    if not own.effect_only:
+        about = f"{__doc__} Also: --cost-only, --effect-only; --prompts, --split, --cfg of the second table."
+        speed.main("scfg", about, variants, LIMITS, rest, with_flops=False)
+    if not own.cost_only:
         print(f"\nThe bundled model, {own.prompts} held-out prompts of two things, 20 steps, the same seeds:")
         rows = [Variant("plain", lambda m: m, own.cfg)]
         rows += [Variant(f"S-CFG, {r}", partial(_patched, r), own.cfg) for r in scfg.REFERENCES]

@@ -19,6 +19,7 @@ from ...demo import model, world
 from ...demo.scorer import DemoScorer
 from ..training.scorer import other, swapped, true
 from .shared.pictures import generate, interval, verdicts
+from .shared.records import recorded
 
 NEAR = ("colours swapped", "wrong colour", "wrong pattern", "wrong thing", "thing left out")
 
@@ -119,6 +120,7 @@ def _share(answers: Sequence[bool]) -> str:
     return f"{100 * sum(answers) / len(answers):.1f} % ({100 * low:.0f}-{100 * high:.0f})"
 
 
+@recorded
 @torch.inference_mode()
 def main(argv: list[str]) -> int:
     """Print the tables."""

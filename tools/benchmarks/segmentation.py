@@ -18,6 +18,7 @@ from ...language.words import prompt_words
 from ...methods import maps as maths
 from ...patches.maps import record as maps
 from .shared.pictures import generate
+from .shared.records import recorded
 
 POWERS = {"with completion": 4, "without completion": 0}
 
@@ -53,6 +54,7 @@ def measure(captions: list[world.Caption], seed: int, cfg: float, steps: int, ba
     return found
 
 
+@recorded
 def main(argv: list[str]) -> int:
     """Print the table."""
     parser = argparse.ArgumentParser(prog="run.py bench segmentation", description=__doc__)

@@ -9,6 +9,7 @@ from ...patches import softpag
 from ...patches.hook.install import model_sites
 from ...patches.hook.sites import select
 from .shared import speed
+from .shared.records import recorded
 from .shared.speed import PLAIN
 
 LIMITS = {"SoftPAG, middle block": 1.38, "SoftPAG, last block": 1.10, "SoftPAG, outside its span": 1.0}
@@ -27,6 +28,7 @@ def variants(plain: comfy.model_patcher.ModelPatcher) -> dict[str, comfy.model_p
     }
 
 
+@recorded
 def main(argv: list[str]) -> int:
     """Print the table."""
     return speed.main("softpag", __doc__, variants, LIMITS, argv)

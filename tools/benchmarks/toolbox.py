@@ -28,6 +28,7 @@ from ...scoring.scorers import Scorer
 from . import regulation
 from .shared import speed
 from .shared.pictures import generate, paired, verdicts
+from .shared.records import recorded
 from .shared.speed import PLAIN
 
 FUSION, ZERO, MEAN = "fusion, two phrases", "filter, half of all heads, zero", "filter, half of all heads, mean"
@@ -148,6 +149,7 @@ def settings(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=type(value), default=value, help="of the gate")
 
 
+@recorded
 def main(argv: list[str]) -> int:
     """Print the cost at SD1.5's size, then the effect on the bundled model's pictures."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)

@@ -1,1 +1,1 @@
-"""What benchmarks share: speed at SD1.5's size, and pictures of the bundled model with what they show."""
+"""What benchmarks share: speed at SD1.5's size, pictures of the bundled model with what they show, and results as files."""
