@@ -234,7 +234,7 @@ def parse(text: str) -> Caption:
     Raises:
         ValueError: for a sentence that `describe` cannot write.
     """
-    words = text.replace(",", " and").replace("bow tie", "bow_tie").split()
+    words = text.lower().replace(",", " and").replace("bow tie", "bow_tie").split()
     things: list[dict[str, str]] = []
     place = place_style = style = colour = None
     side, after = None, ""

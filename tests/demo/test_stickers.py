@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 from attune.demo.stickers import model, reader, world
+from attune.language.scb import style_prompt
 from attune.tests.helpers import DATA
 from attune.tools.training.stickers import renderer, scenery
 from attune.tools.training.stickers.styles import BRICK, FILTERS, PIXEL
@@ -34,6 +35,16 @@ def test_other_words_are_no_captions():
     for text in ("a red zebra", "a red", "", "a cat in a palace"):
         with pytest.raises(ValueError, match="world of stickers"):
             world.parse(text)
+
+
+def test_the_style_composition_benchmark_can_be_said():
+    for index in range(0, 300, 7):
+        prompt = style_prompt(index)
+        caption = world.parse(prompt.prompt)
+        subject, background = world.parse(prompt.subject), world.parse(f"a dog in {prompt.background}")
+        assert caption.things == subject.things and caption.things[0].style
+        assert (caption.place, caption.style) == (background.place, background.style)
+        assert caption.place in world.SCENES and caption.style in world.STYLES
 
 
 def test_captions_state_only_what_is_there():
