@@ -4,6 +4,7 @@ import asyncio
 import importlib.util
 import re
 import shutil
+import subprocess
 import sys
 
 import pytest
@@ -73,3 +74,23 @@ def test_a_copied_method_works(pack):
     ours = families.sample(patched)
     assert torch.equal(ours, families.sample(headfilter.apply(model, heads, **values)))
     assert not torch.equal(ours, families.sample(model))
+
+
+ALONE = """
+import sys
+
+class Refuse:
+    def find_spec(self, name, path=None, target=None):
+        if name.split(".")[0] in ("comfy", "comfy_api", "folder_paths", "aiohttp", "PIL", "safetensors", "scipy", "spacy", "transformers"):
+            raise ImportError(f"{name} is not there")
+
+sys.meta_path.insert(0, Refuse())
+import pytest
+sys.exit(pytest.main(["tests/methods", "--collect-only", "-q", "-p", "no:cacheprovider"]))
+"""
+
+
+def test_the_mathematics_is_tested_without_comfyui():
+    made = subprocess.run([sys.executable, "-c", ALONE], cwd=ROOT, capture_output=True, text=True)
+    assert made.returncode == 0, made.stdout + made.stderr
+    assert "methods/test_scfg.py" in made.stdout
