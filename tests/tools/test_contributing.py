@@ -61,6 +61,11 @@ def test_every_file_of_the_walk_through_is_there():
     assert sum(len((ROOT / source).read_text(encoding="utf-8").splitlines()) for source, _ in CODE) < 160
 
 
+def test_every_file_that_is_named_is_there():
+    for name in re.findall(r"`([\w./]+/[\w./]*)`", TEXT):
+        assert (ROOT / name).exists() or name.startswith(".runtime/"), name
+
+
 def test_a_copied_method_works(pack):
     nodes = asyncio.run(pack.Attune().get_node_list())
     (node,) = [n for n in nodes if n.__name__ == "AttuneExample"]
