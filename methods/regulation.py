@@ -4,34 +4,37 @@ Source: "Enhancing Semantic Fidelity in Text-to-Image Synthesis: Attention Regul
 head of every picture gets an additive edit ``S`` of its scaled logits on the columns of the target words, the one that minimises
 (eq. 8 and 9)
 
-    ``L = mean_t (φ(A'_t) − 0.9)² + α·mean_t (mean_p A'_tp − μ)² + β·‖A' − A‖``,  φ the 90 % quantile over pixels,  μ = min(0.2, 1/T).
+    ``L = mean_t (φ(A'_t) − 0.9)² + α·mean_t (mean_p A'_tp − μ)² + β·‖A' − A‖₂/√M``,  φ the 90 % quantile over pixels,  μ = min(0.2, 1/T).
 
 The optimum is averaged over the steps and fades as they go by (eq. 14 and 15); the columns of the start and end token keep the
 weights that they had.
 
-Nothing here needs more of a map than the target columns: with ``S`` on these alone, ``a'_j = a_j·e^{S_j}/Z``,
-``Z = 1 + Σ_T a_j (e^{S_j} − 1)``, and every other column is divided by ``Z``.
+Nothing here needs more of a map than the target columns: all others together are one more, whose logit stays (eq. 10 is a softmax over
+these ``T + 1``), and every other column is divided by the same.
 
 Shapes: ``T`` target columns, ``B`` maps (rows × heads, each regulated by itself, as in the released code), ``M = h·w`` pixels. Maps
-and edits are ``[T, B, M]``, targets first: so a softmax over them leaves pieces in one block, and no step of the solver copies.
+are ``[T, B, M]``, targets first: so a softmax over them leaves pieces in one block, and no step of the solver copies. Weights, logits
+and edits of a whole map are ``[T + 1, B, M]``; the last row is that of all other columns, and its edit is 0.
 
 Where the paper and the released code differ:
 
 - mass: the paper's sum over pixels against ``μM`` is the code's mean against ``μ``. The weight ``α = 80`` is the code's, so the mean is
   meant here; in the paper's units it would be ``80/M²``.
-- deviation: the paper has ``β·‖A' − A‖₂`` (``β = 0.1``), the code ``0.09·mean θ²`` in its stead. Here it is the paper's, over the target
-  columns: what these gain is what all others lose.
+- deviation: the paper has ``β·‖A' − A‖₂`` (``β = 0.1``), which grows with the pixels, so that on large maps next to nothing is edited; the
+  code has ``0.09·mean θ²`` in its stead. Here it is the paper's per pixel, so that ``β`` means the same at every size, over the target columns:
+  what these gain is what all others lose. The code's is ``released``, with its optimiser.
 - scale: the paper adds ``S`` to ``QKᵀ`` and divides by ``√d``, the code adds it to the scaled logits. So it is here.
 - bumps: the paper counts pixels from 1 and has ``r = w/2σ = 8`` bumps along a side (so here), the code counts from 0 and has 7. Its ``σ``
   is a whole number, 0 for maps under 16 pixels; here it is ``w/16`` for every size and for each side.
 - average: the paper's is a running one (so here, from the first optimum on), and of maps. The code averages edits ``S`` (so here,
   else what fades would be the map), of this step and the one before, and the first one with its random start.
-- best iterate: the code keeps the one with the least sum over all maps; here every map keeps its own, so that a picture does not
+- best iterate: the code keeps the one with the least sum over all maps; `published` keeps every map's own, so that a picture does not
   depend on what else is in the batch.
 
 The published optimiser (`published`) is plain gradient descent with huge steps, which bounces about and stalls where a weight is near 0
-or 1. `solve` is mirror descent for the same objective: the slope by ``A'`` itself, not through the softmax, in steps of a set size that
-get smaller. One such pass does more than two published iterations, so half as many are made.
+or 1. `solve` is mirror descent: the slope by ``A'`` itself, not through the softmax, in steps of a set size that get smaller. Three such
+passes do more than five published iterations, and the last needs no comparison with those before. Maps change little from step to step: from
+the second step on, one pass from the running average goes further than a search from the start.
 """
 
 from __future__ import annotations
@@ -45,9 +48,11 @@ SHARE = LEVEL = 0.9  # the quantile of a target's map, and what it should be
 AREA = 0.2  # of the picture that one target should have
 BUMPS = 8  # along a side
 RATE = 100.0  # of the published gradient descent, for a single map
-FIRST, LAST = 5.0, 0.2  # largest change of an edit in the solver's first and last pass
-LIMIT = 60.0  # of an edit: beyond it nothing changes, and its power overflows
+FIRST, LAST = 8.0, 0.2  # largest change of an edit in the solver's first and last pass
+AGAIN = 2.0, 0.5  # likewise where it goes on from the step before
+ITERATIONS = 20  # of the paper; `solve` makes three passes for five of them, and one for all where it goes on
 FLOOR = 1e-12  # a weight's, so that its logarithm is finite
+TINY = 1e-6  # change of a weight, so that a map that does not change has a direction
 
 
 @dataclass(frozen=True)
@@ -58,6 +63,7 @@ class Problem:
         grid: ``(h, w)``.
         targets: ``T``.
         mass_weight, deviation_weight: ``α`` and ``β``.
+        released: the deviation is ``β·mean θ²``, as in the released code (there ``β = 0.09``).
         down, across: bumps along the height and the width, ``[h, 8]`` and ``[w, 8]``.
         both_down, both_across: the bumps times their transpose, ``[h, h]`` and ``[w, w]``: what a slope by ``θ`` does to ``S``.
         mean: ``[M, 1]``, turns a map into ``2α/T · mean/M``.
@@ -70,6 +76,7 @@ class Problem:
     targets: int
     mass_weight: float
     deviation_weight: float
+    released: bool
     down: Tensor
     across: Tensor
     both_down: Tensor
@@ -86,7 +93,12 @@ def area(targets: int) -> float:
 
 
 def problem(
-    grid: tuple[int, int], targets: int, mass_weight: float = 80.0, deviation_weight: float = 0.1, like: Tensor | None = None
+    grid: tuple[int, int],
+    targets: int,
+    mass_weight: float = 80.0,
+    deviation_weight: float = 0.1,
+    like: Tensor | None = None,
+    released: bool = False,
 ) -> Problem:
     """The constants for maps of ``grid`` with ``targets`` columns, on the device and in the dtype of ``like``."""
     like = torch.empty(0) if like is None else like
@@ -98,6 +110,7 @@ def problem(
         targets,
         mass_weight,
         deviation_weight,
+        released,
         down,
         across,
         down @ down.T,
@@ -121,8 +134,8 @@ def bumps(size: int, like: Tensor) -> Tensor:
 
 
 def additive(theta: Tensor, p: Problem) -> Tensor:
-    """Eq. 11: ``S = Σ_pq θ_pq G(2σp, 2σq, σ) = G_h θ G_wᵀ``, ``[..., 8, 8]`` to ``[..., M]``."""
-    return (p.down @ theta @ p.across.T).flatten(-2)
+    """Eq. 11: ``S = Σ_pq θ_pq G(2σp, 2σq, σ) = G_h θ G_wᵀ``, ``[T, B, 8, 8]`` to ``[T + 1, B, M]``."""
+    return torch.constant_pad_nd((p.down @ theta @ p.across.T).flatten(-2), (0, 0, 0, 0, 0, 1))
 
 
 def start(targets: int, maps: int, seed: int, like: Tensor) -> Tensor:
@@ -134,29 +147,21 @@ def start(targets: int, maps: int, seed: int, like: Tensor) -> Tensor:
 # --- the edited map ---------------------------------------------------------------------------------------------------
 
 
-def regulated(old: Tensor, edit: Tensor) -> tuple[Tensor, Tensor]:
-    """Eq. 10 on the target columns only: ``A' = softmax(logits + S)``.
+def with_others(weights: Tensor, targets: Tensor) -> Tensor:
+    """Attention weights ``[R, H, M, columns]`` as ``[T + 1, R, H, M]``: those of the targets' columns ``[T]``, and of all others together.
 
-    Args:
-        old: weights ``a`` of the target columns, ``[T, ..., M]``.
-        edit: ``S``, broadcastable to it.
-
-    Returns:
-        ``a' = a·e^S/Z`` and the factor ``1/Z [..., M]`` on every other column: rows sum to one as before.
+    None is 0, so that logarithms are finite.
     """
-    raised = old * edit.clamp(-LIMIT, LIMIT).exp_()
-    others = (1 - old.sum(dim=0)).clamp_min_(FLOOR)
-    factor = (raised.sum(dim=0) + others).reciprocal_()
-    return raised * factor, factor
+    old = weights.permute(3, 0, 1, 2).index_select(0, targets)
+    return torch.cat([old, 1 - old.sum(dim=0, keepdim=True)]).clamp_min_(FLOOR)
 
 
-def logits(old: Tensor) -> Tensor:
-    """Logarithms of the target columns' weights and of all others' together: ``[T, B, M]`` to ``[T + 1, B, M]``.
+def regulated(before: Tensor, edit: Tensor, scale: float = 1.0) -> Tensor:
+    """Eq. 10: ``A' = softmax(logits + scale·S)``, all ``[T + 1, ..., M]``, ``before`` the logarithms of the weights.
 
-    A softmax over them gives the weights back, and after ``S`` is added to the first ``T``, the regulated ones.
+    What the last row has become, over what it was, is the factor on every other column: rows sum to one as before.
     """
-    rest = 1 - old.sum(dim=0, keepdim=True)
-    return torch.cat([old, rest]).clamp_min_(FLOOR).log_()
+    return torch.add(before, edit, alpha=scale).softmax(dim=0)
 
 
 # --- the objective ----------------------------------------------------------------------------------------------------
@@ -184,78 +189,92 @@ def quantile(maps: Tensor) -> Tensor:
     return torch.lerp(values[..., 1], values[..., 0], _shares(maps.shape[-1])[0])
 
 
-def objective(new: Tensor, old: Tensor, p: Problem) -> Tensor:
-    """``L`` of every map (eq. 8 and 9): ``new [..., T, B, M]`` and ``old [T, B, M]`` to ``[..., B]``."""
-    short, mass = quantile(new) - LEVEL, new.mean(dim=-1) - area(new.shape[-3])
-    missed = torch.addcmul(short * short, mass, mass, value=p.mass_weight).mean(dim=-2)
-    return torch.add(missed, torch.linalg.vector_norm(new - old, dim=(-3, -1)), alpha=p.deviation_weight)
+def objective(new: Tensor, old: Tensor, p: Problem, theta: Tensor | None = None) -> Tensor:
+    """``L`` of every map (eq. 8 and 9): ``new``, ``old [T, B, M]`` to ``[B]``; ``released`` needs ``theta [T, B, 8, 8]``."""
+    short, mass = quantile(new) - LEVEL, new.mean(dim=-1) - area(len(new))
+    missed = torch.addcmul(short * short, mass, mass, value=p.mass_weight).mean(dim=0)
+    if p.released:
+        assert theta is not None
+        return torch.add(missed, theta.square().mean(dim=(0, 2, 3)), alpha=p.deviation_weight)
+    deviation = torch.linalg.vector_norm(new - old, dim=(0, 2))
+    return torch.add(missed, deviation, alpha=p.deviation_weight / new.shape[-1] ** 0.5)
 
 
 def gradient(new: Tensor, old: Tensor, p: Problem) -> Tensor:
-    """``∂L/∂A'`` of every map, ``[T, B, M]``: constant over a target's pixels, but for the deviation and the two at the quantile."""
-    changed = new - old
-    size = torch.linalg.vector_norm(changed, dim=(0, 2), keepdim=True).clamp_min_(FLOOR)
-    mass = torch.addmm(p.wanted, new.flatten(0, 1), p.mean).view(*new.shape[:2], 1)
-    slope = torch.addcdiv(mass, changed, size, value=p.deviation_weight)
+    """``∂L/∂A'`` of every map, ``[T, B, M]``: constant over a target's pixels, but for the deviation and the two at the quantile.
+
+    Args:
+        new, old: ``[T, B, M]``; a map of which nothing has changed has no direction.
+    """
+    slope = torch.addmm(p.wanted, new.flatten(0, 1), p.mean).view(*new.shape[:2], 1)
+    if p.released:
+        slope = slope.expand_as(new).contiguous()
+    else:
+        changed = new - old
+        size = torch.linalg.vector_norm(changed, dim=(0, 2), keepdim=True)
+        slope = torch.addcdiv(slope, changed, size, value=p.deviation_weight / new.shape[-1] ** 0.5)
     values, places = _around(new)
     return slope.scatter_add_(-1, places, torch.addmm(p.level, values.flatten(0, 1), p.pair).view(places.shape))
 
 
-def gradient_theta(new: Tensor, old: Tensor, p: Problem) -> Tensor:
+def gradient_theta(new: Tensor, old: Tensor, theta: Tensor, p: Problem) -> Tensor:
     """``∂L/∂θ [T, B, 8, 8]``: through the softmax, ``∂L/∂S_t = A'_t (g_t − Σ_u A'_u g_u)``, and the bumps, ``G_hᵀ (∂L/∂S) G_w``."""
     weighted = new * gradient(new, old, p)
     slope = weighted - new * weighted.sum(dim=0)
-    return p.down.T @ slope.unflatten(-1, p.grid) @ p.across
+    out = p.down.T @ slope.unflatten(-1, p.grid) @ p.across
+    if p.released:
+        out = torch.add(out, theta, alpha=2 * p.deviation_weight / (len(theta) * BUMPS**2))
+    return out
 
 
 # --- the optimisers ---------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def solve(old: Tensor, theta: Tensor, p: Problem, iterations: int = 20) -> Tensor:
-    """The edit ``S [T, B, M]`` of every map that lowers its objective most.
+def solve(weights: Tensor, start: Tensor, p: Problem, iterations: int = ITERATIONS, again: bool = False) -> Tensor:
+    """An edit ``S [T + 1, B, M]`` that lowers every map's objective.
 
     Mirror descent: the logits of a softmax follow the slope by its weights, ``S ← S − η·GGᵀ ∂L/∂A'``, where the bumps keep the edit
     smooth; each target's largest change is set, and gets smaller from pass to pass.
 
     Args:
-        old: ``[T, B, M]``.
-        theta: the start ``[T, B, 8, 8]``.
-        iterations: of the published procedure; half as many passes are made (see the top of this file).
+        weights: ``[T + 1, B, M]`` (`with_others`).
+        start: the edit to begin with.
+        iterations: of the published procedure; three passes do what five of them do.
+        again: go on from the step before, with one pass for twenty of them.
     """
-    targets, maps, _ = old.shape
-    height, width = p.grid
-    passes = -(-iterations // 2)
-    before = logits(old)
-    trail = torch.empty((passes + 1, *before.shape), device=old.device, dtype=old.dtype)  # every pass's logits
-    trail[:, targets] = before[targets]
-    torch.add(before[:targets], additive(theta, p), out=trail[0, :targets])
-    down = p.both_down.expand(targets * maps, height, height)
+    targets, (height, width) = len(weights) - 1, p.grid
+    passes = max(1, iterations // ITERATIONS) if again else -(-3 * iterations // 5)
+    first, last = AGAIN if again else (FIRST, LAST)
+    before = weights.log()
+    moved = before + start
+    known = weights[:targets] - TINY
+    down = p.both_down.expand(targets * weights.shape[1], height, height)
     for n in range(passes):
-        step = FIRST * (LAST / FIRST) ** (n / max(passes - 1, 1))
-        slope = gradient(trail[n].softmax(dim=0)[:targets], old, p)
-        slope = down @ (slope.view(-1, width) @ p.both_across).view(-1, height, width)
-        slope = slope.view(old.shape)
+        step = first * (last / first) ** (n / max(passes - 1, 1))
+        slope = gradient(moved.softmax(dim=0)[:targets], known, p)
+        slope = (down @ (slope.view(-1, width) @ p.both_across).view(-1, height, width)).view(known.shape)
         largest = torch.linalg.vector_norm(slope, torch.inf, dim=-1, keepdim=True)
-        torch.addcdiv(trail[n, :targets], slope, largest, value=-step, out=trail[n + 1, :targets])
-    best = objective(trail.softmax(dim=1)[:, :targets], old, p).argmin(dim=0)
-    return torch.take_along_dim(trail[:, :targets], best[None, None, :, None], dim=0)[0] - before[:targets]
+        moved[:targets].addcdiv_(slope, largest, value=-step)
+    return moved.sub_(before)
 
 
-def published(old: Tensor, theta: Tensor, p: Problem, iterations: int = 20) -> Tensor:
-    """The same by the published procedure (eq. 13): plain gradient descent on ``θ``, and the best iterate. For comparison.
+@torch.no_grad()
+def published(weights: Tensor, theta: Tensor, p: Problem, iterations: int = ITERATIONS) -> Tensor:
+    """The same by the published procedure (eq. 13): plain gradient descent on ``θ``, and the best iterate.
 
     The released rate is 100 × maps for the mean over maps, which is 100 for each.
     """
-    least = torch.full(old.shape[1:2], torch.inf, device=old.device, dtype=old.dtype)
-    best = torch.zeros_like(old)
+    before, old = weights.log(), weights[:-1]
+    least = torch.full(weights.shape[1:2], torch.inf, device=weights.device, dtype=weights.dtype)
+    best = torch.zeros_like(weights)
     for _ in range(iterations):
         edit = additive(theta, p)
-        new, _ = regulated(old, edit)
-        loss = objective(new, old, p)
+        new = regulated(before, edit)[:-1]
+        loss = objective(new, old, p, theta)
         best = torch.where((loss < least)[:, None], edit, best)
         least = torch.minimum(loss, least)
-        theta = theta - RATE * gradient_theta(new, old, p)
+        theta = theta - RATE * gradient_theta(new, old, theta, p)
     return best
 
 
@@ -270,8 +289,3 @@ def average(before: Tensor | None, best: Tensor, kappa: float) -> Tensor:
 def fading(step: int, rate: float) -> float:
     """Eq. 15: ``λ^t`` for sampling step ``t``, the first is 0."""
     return rate**step
-
-
-def shape(weights: Tensor, targets: Tensor) -> Tensor:
-    """The target columns ``[T]`` of attention weights ``[R, H, M, columns]`` as ``[T, R, H, M]``, in one block."""
-    return weights.index_select(-1, targets).permute(3, 0, 1, 2).contiguous()

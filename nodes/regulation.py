@@ -5,11 +5,12 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..patches import regulation
-from ..patches.hook.install import model_sites
-from ..patches.hook.sites import select
 from ..server.previews import Preview
 from .base import AttuneNode
+from .inputs import advanced_choice, percents, selected, steered_model
 from .words import AttuneWordsType
+
+DEFAULTS = regulation.Settings()
 
 
 class AttuneRegulation(AttuneNode):
@@ -22,10 +23,7 @@ class AttuneRegulation(AttuneNode):
             description="For prompts of which a thing goes missing: while the picture takes shape, the model's attention to the chosen words is "
             "raised to where an object can form, and changed as little as that needs. The same seed gives the same picture.",
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="The model to steer. LoRAs, ControlNets and guidance on it stay; connect the output to the sampler.",
-                ),
+                steered_model(),
                 AttuneWordsType.Input(
                     "words",
                     tooltip="The words that must not go missing: from Prompt Words, with the text and the CLIP of the positive prompt. Two to "
@@ -33,7 +31,7 @@ class AttuneRegulation(AttuneNode):
                 ),
                 io.Float.Input(
                     "strength",
-                    default=1.0,
+                    default=DEFAULTS.strength,
                     min=0.0,
                     max=2.0,
                     step=0.05,
@@ -47,14 +45,15 @@ class AttuneRegulation(AttuneNode):
                 ),
                 io.Int.Input(
                     "iterations",
-                    default=20,
+                    default=DEFAULTS.iterations,
                     min=1,
                     max=200,
-                    tooltip="How long to look for the best edit, in the paper's iterations; our solver needs half as many passes. 10 is faster.",
+                    tooltip="How long to look for the best edit in the first step, in the paper's iterations. The steps that follow go on from "
+                    "it, with a twentieth of them.",
                 ),
                 io.Float.Input(
                     "mass_weight",
-                    default=80.0,
+                    default=DEFAULTS.mass_weight,
                     min=0.0,
                     max=1000.0,
                     step=1.0,
@@ -62,16 +61,16 @@ class AttuneRegulation(AttuneNode):
                 ),
                 io.Float.Input(
                     "deviation_weight",
-                    default=0.1,
+                    default=DEFAULTS.deviation_weight,
                     min=0.0,
                     max=10.0,
                     step=0.01,
-                    tooltip="How much it matters to change little (β in the paper). Higher is closer to the plain picture; on large pictures it "
-                    "weighs more.",
+                    tooltip="How much it matters to change little (β in the paper, here for each pixel, so that it means the same at every "
+                    "size). Higher is closer to the plain picture.",
                 ),
                 io.Float.Input(
                     "ema",
-                    default=0.25,
+                    default=DEFAULTS.ema,
                     min=0.0,
                     max=0.99,
                     step=0.01,
@@ -79,27 +78,24 @@ class AttuneRegulation(AttuneNode):
                 ),
                 io.Float.Input(
                     "decay",
-                    default=0.99,
+                    default=DEFAULTS.decay,
                     min=0.0,
                     max=1.0,
                     step=0.01,
                     tooltip="The edit fades by this factor from step to step (λ in the paper). 1 does not fade.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in sampling to begin: 0 is the first step, where things find their places.",
+                *percents(
+                    DEFAULTS,
+                    "Where in sampling to begin: 0 is the first step, where things find their places.",
+                    "Where in sampling to stop. Later steps draw fine detail, which an edit would spoil.",
                 ),
-                io.Float.Input(
-                    "end_percent",
-                    default=0.5,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in sampling to stop. Later steps draw fine detail, which an edit would spoil.",
+                advanced_choice(
+                    "form",
+                    regulation.FORMS,
+                    DEFAULTS.form,
+                    "paper: the paper's objective, found in few passes. released: what the authors' code does instead, a penalty on the "
+                    "edit itself (set deviation_weight to its 0.09) and plain gradient descent from a random start in every step; it is "
+                    "several times slower.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The regulated model: connect it to a KSampler.")],
@@ -120,24 +116,18 @@ class AttuneRegulation(AttuneNode):
         decay,
         start_percent,
         end_percent,
+        form=DEFAULTS.form,
     ) -> io.NodeOutput:
-        heads = None
-        if layers.strip() not in ("", "auto"):
-            family, sites = model_sites(model)
-            heads = select(layers, sites, family)
-        return io.NodeOutput(
-            regulation.apply(
-                model,
-                words,
-                strength,
-                heads,
-                iterations,
-                mass_weight,
-                deviation_weight,
-                ema,
-                decay,
-                start_percent,
-                end_percent,
-                observer=Preview(getattr(cls.hidden, "unique_id", None)),  # none from Python
-            )
+        settings = regulation.Settings(
+            strength=strength,
+            iterations=iterations,
+            mass_weight=mass_weight,
+            deviation_weight=deviation_weight,
+            ema=ema,
+            decay=decay,
+            start_percent=start_percent,
+            end_percent=end_percent,
+            form=form,
         )
+        observer = Preview(getattr(cls.hidden, "unique_id", None))  # none from Python
+        return io.NodeOutput(regulation.apply(model, words, settings, selected(model, layers), observer))

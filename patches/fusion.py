@@ -53,5 +53,5 @@ def apply(model: ModelPatcher, words: Words, strength: float = 0.5, heads: Heads
         return edit_own(call, weights, lambda part: (maths.fuse(part, matrix), None))
 
     request(patched, EditWeights(where, edit, rows=COND, columns=columns, prompt_columns=words.total))
-    guard(patched, METHOD, words.total)
+    guard(patched, METHOD, words)
     return patched

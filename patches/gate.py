@@ -201,7 +201,7 @@ def apply(
     texts = tuple(phrase.text for phrase in words.phrases)
     method = _Method(texts, members, len(columns), scorer, vae, threshold, softness, floor, every, span, mode, observer)
     request(patched, EditWeights(where, method.edit, rows=COND, span=span, columns=columns, prompt_columns=words.total))
-    guard(patched, METHOD, words.total)
+    guard(patched, METHOD, words, observer)
     patched.set_model_sampler_post_cfg_function(method.look)
     patched.set_additional_models(f"attune_gate_{id(method)}", method.models)
     return patched

@@ -27,6 +27,10 @@ class Observer:
         """What makes a picture now: the same for the same picture of the same workflow."""
         return None
 
+    def prompt_text(self) -> str | None:
+        """The text of the positive prompt that is sampled now, where a workflow tells."""
+        return None
+
     def layer(self, call: Any, weights: Tensor, names: Sequence[str] | None = None) -> None:
         """One layer's attention in an `AttentionCall`, of the first picture: ``[M, N]`` or ``[heads, M, N]``.
 

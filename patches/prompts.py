@@ -3,21 +3,28 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import comfy.patcher_extension
 import torch
 from torch import Tensor
 
+from ..language.words import PROMPT, column_lengths
 from .hook.call import AttentionCall
 from .hook.install import REQUESTS, ModelPatcher, model_sites
 from .hook.requests import COND, EditWeights
-from .hook.sites import Heads, check
+from .hook.sites import Heads, Site, check
 from .hook.tensors import index
 from .maps.record import whole_picture
+from .observer import NOBODY, Observer
+
+if TYPE_CHECKING:
+    from ..language.words import Words
 
 KEY = "attune_words"
+SAME = 1e-2  # relative difference of a column's length that rounding may make
 Where = dict[tuple[str, str], tuple[int, ...] | None]
+Auto = Callable[[tuple[Site, ...], str], tuple[Site, ...]]
 
 
 def prompt(conds: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
@@ -32,8 +39,8 @@ def own_name(call: AttentionCall) -> Any:
     return None if cond is None else cond.get("uuid")
 
 
-def text_places(model: ModelPatcher, method: str, heads: Heads | None = None) -> Where:
-    """Every place where image tokens attend to text, or those of a selection.
+def text_places(model: ModelPatcher, method: str, heads: Heads | None = None, auto: Auto | None = None) -> Where:
+    """Every place where image tokens attend to text, those that ``auto(sites, family)`` chooses, or those of a selection.
 
     Raises:
         ValueError: for a model without attention to text, or a selection of another model or of a layer without it.
@@ -44,28 +51,60 @@ def text_places(model: ModelPatcher, method: str, heads: Heads | None = None) ->
     if not having:
         raise ValueError(f"{method}: this model has no attention to text; connect a text-to-image model.")
     if heads is None:
-        return {(name, kind): None for name in having}
+        names = having if auto is None else [s.name for s in auto(sites, family)]
+        return {(name, kind): None for name in names}
     chosen = check(heads, sites, family)
     if without := [name for name in chosen if name not in having]:
         raise ValueError(f"{method}: {without[0]} has no attention to text; choose other layers.")
     return {(name, kind): numbers for name, numbers in chosen.items()}
 
 
-def guard(patched: ModelPatcher, method: str, total: int) -> None:
+def guard(patched: ModelPatcher, method: str, words: Words, observer: Observer = NOBODY) -> None:
     """Make words of another prompt an error before the first step of a run."""
 
     def compare(executor: Any, *args: Any, **kwargs: Any) -> Any:
         cond = prompt(getattr(executor.class_obj, "conds", {}))
-        context = None if cond is None else cond.get("cross_attn")
-        if isinstance(context, Tensor) and context.shape[1] != total:
-            raise ValueError(
-                f"{method}: these words are of a prompt with {total} token columns, and the sampler's positive prompt has "
-                f"{context.shape[1]}. Connect the same CLIP and the same text to Prompt Words and to CLIP Text Encode; prompts that "
-                "another node has joined or lengthened (Conditioning Concat, a style model) do not fit."
-            )
+        if cond is not None:
+            compare_words(method, words, cond, observer)
         return executor(*args, **kwargs)
 
     patched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, KEY, compare)
+
+
+def compare_words(method: str, words: Words, cond: Mapping[str, Any], observer: Observer = NOBODY) -> None:
+    """Compare words with the conditioning that they should be of.
+
+    One that Prompt Words has made knows its tokens. Of another, the columns after the prompt, which have seen all of it and take no
+    weights, are as long as those that the words' own CLIP has made, where it is the same CLIP: then its start column is.
+
+    Raises:
+        ValueError: when they are of another prompt, with both.
+    """
+    context, made_of = cond.get("cross_attn"), cond.get(PROMPT)
+    if not isinstance(context, Tensor):
+        return
+    columns = context.shape[1]
+    if made_of is not None and words.tokens:
+        other = made_of.tokens != words.tokens
+    elif words.lengths and len(words.lengths) == columns and words.special[:1] == (0,):
+        lengths, known = column_lengths(context), words.lengths
+        differs = [abs(lengths[c] - known[c]) > SAME * abs(known[c]) for c in words.special]
+        other = not differs[0] and any(differs[1:])
+    else:
+        other = False
+    if other:
+        text = observer.prompt_text() if made_of is None else made_of.text
+        said = "is another one" if text is None else f"is “{text}”"
+        raise ValueError(
+            f"{method}: these words are of the prompt “{words.text}”, and the sampler's positive prompt {said}. Connect Prompt Words' "
+            "conditioning output to the sampler, or give it the same text."
+        )
+    if columns != words.total:
+        raise ValueError(
+            f"{method}: these words are of a prompt with {words.total} token columns, and the sampler's positive prompt has "
+            f"{columns}. Connect the same CLIP and the same text to Prompt Words and to CLIP Text Encode; prompts that "
+            "another node has joined or lengthened (Conditioning Concat, a style model) do not fit."
+        )
 
 
 def refuse(model: ModelPatcher, where: str) -> None:

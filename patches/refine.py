@@ -102,5 +102,5 @@ def apply(
         EditWeights(where, edit, rows=COND, span=span, columns=targets if joint else None, prompt_columns=prompt_columns),
     )
     if words is not None:
-        guard(patched, METHOD, words.total)
+        guard(patched, METHOD, words)
     return patched

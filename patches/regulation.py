@@ -10,19 +10,47 @@ from torch import Tensor
 
 from ..methods import regulation as maths
 from .hook.call import AttentionCall
-from .hook.install import ModelPatcher, model_sites, request
+from .hook.install import ModelPatcher, request
 from .hook.requests import COND, EditWeights, Span
-from .hook.sites import Heads, Site, check
+from .hook.sites import Heads, Site
 from .hook.tensors import index
 from .maps.record import auto_sites
 from .observer import NOBODY, Observer
-from .prompts import edit_own, guard, own_name
+from .prompts import edit_own, guard, own_name, text_places
 
 if TYPE_CHECKING:
     from ..language.words import Words
 
+METHOD = "Attention Regulation"
 CHUNK = 77  # columns of CLIP that have a start and an end token of their own
 T5 = "t5xxl"  # the text encoder whose columns come after CLIP's
+
+
+PAPER, RELEASED = FORMS = ("paper", "released")
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a node may choose (its inputs say what each does).
+
+    Attributes:
+        strength: of the edit; 1 is the paper's.
+        iterations: of the published procedure.
+        mass_weight, deviation_weight: ``α`` and ``β``.
+        ema, decay: ``κ`` and ``λ``.
+        start_percent, end_percent: the part of sampling.
+        form: ``paper``, or ``released``: the authors' code's penalty on θ and its optimiser.
+    """
+
+    strength: float = 1.0
+    iterations: int = maths.ITERATIONS
+    mass_weight: float = 80.0
+    deviation_weight: float = 0.1
+    ema: float = 0.25
+    decay: float = 0.99
+    start_percent: float = 0.0
+    end_percent: float = 0.5
+    form: str = PAPER
 
 
 @dataclass
@@ -30,24 +58,24 @@ class _Layer:
     """One layer's edit of one conditioning: the running average, and the sampling step that it is of."""
 
     step: int | None
-    edit: Tensor  # S_EMA, [T, pictures, H, M]
+    edit: Tensor  # S_EMA, [T + 1, pictures, H, M]
 
 
 @dataclass(frozen=True)
-class _Method:
-    """The settings, and a key to the state of this one node."""
+class _Regulation:
+    """One node's edit: which columns, how, and a key to its state.
 
-    targets: tuple[int, ...]  # places among the columns that the hook hands over
-    strength: float
-    iterations: int
-    mass_weight: float
-    deviation_weight: float
-    ema: float
-    decay: float
+    Attributes:
+        targets: places among the columns that the hook hands over.
+        names: of the phrases; ``members``: which of ``targets`` are theirs.
+    """
+
+    settings: Settings
+    targets: tuple[int, ...]
+    names: tuple[str, ...]
+    members: tuple[tuple[int, ...], ...]
+    observer: Observer
     key: object
-    names: tuple[str, ...] = ()  # of the phrases,
-    members: tuple[tuple[int, ...], ...] = ()  # and which of ``targets`` are theirs
-    observer: Observer = NOBODY
 
     def edit(self, call: AttentionCall, weights: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """An ``edit`` request: ``[R, H, M, T + restored]`` to the same and the factor on all other columns.
@@ -58,42 +86,52 @@ class _Method:
 
     def _edit(self, call: AttentionCall, part: Tensor) -> tuple[Tensor, Tensor]:
         targets = index(self.targets, part.device)
-        old = maths.shape(part, targets).unflatten(1, (-1, call.pictures))
-        edit = self._layer(call, own_name(call), old[:, 0].detach()) * (
-            self.strength * maths.fading(call.step or 0, self.decay)
-        )
-        raised, factor = maths.regulated(old, edit[:, None])
-        raised, factor = raised.flatten(1, 2).permute(1, 2, 3, 0), factor.flatten(0, 1)[..., None]
+        weights = maths.with_others(part, targets).unflatten(1, (-1, call.pictures))
+        edit = self._layer(call, own_name(call), weights[:, 0].detach())
+        scale = self.settings.strength * maths.fading(call.step or 0, self.settings.decay)
+        new = maths.regulated(weights.log(), edit[:, None], scale)
+        raised, factor = new[:-1].flatten(1, 2).permute(1, 2, 3, 0), (new[-1] / weights[-1]).flatten(0, 1)[..., None]
         if not call.perturbed and self.observer.watching():
             shown = torch.stack([raised[0][..., list(m)].mean(dim=-1) for m in self.members], dim=-1)
             self.observer.layer(call, shown, self.names)
         return part.index_copy(-1, targets, raised), factor
 
-    def _layer(self, call: AttentionCall, name: Any, old: Tensor) -> Tensor:
-        """``S_EMA [T, pictures, H, M]`` of this layer and step. It moves on once a step, however often the sampler asks."""
+    def _layer(self, call: AttentionCall, name: Any, weights: Tensor) -> Tensor:
+        """``S_EMA [T + 1, pictures, H, M]`` of this layer and step. It moves on once a step, however often the sampler asks."""
         if call.run is None:
-            return self._solve(call, old)
+            return self._solve(call, weights, None)
         state: dict[Any, Any] = call.run.state.setdefault(self.key, {})
-        place = (call.site.name, name)
+        place = (call.site.name, name, weights.shape, (call.height, call.width))  # sizes may change within a run
         known: _Layer | None = state.get(place)
-        if known is not None and known.edit.shape != old.shape:  # another size, as in a node that samples in parts
-            known = None
         if known is None or known.step is None or known.step != call.step:
-            best = self._solve(call, old)
-            known = state[place] = _Layer(call.step, maths.average(None if known is None else known.edit, best, self.ema))
+            before = None if known is None else known.edit
+            best = self._solve(call, weights, before)
+            known = state[place] = _Layer(call.step, maths.average(before, best, self.settings.ema))
         return known.edit
 
-    def _solve(self, call: AttentionCall, old: Tensor) -> Tensor:
+    def _solve(self, call: AttentionCall, weights: Tensor, before: Tensor | None) -> Tensor:
+        """The step's own edit: found from where the steps ``before`` have come to; the released search begins anew each step."""
+        settings, released = self.settings, self.settings.form == RELEASED
+        count, pictures, heads, _ = weights.shape
         state: dict[Any, Any] = {} if call.run is None else call.run.state.setdefault(self.key, {})
         grid = (call.height, call.width)
         if grid not in state:
-            state[grid] = maths.problem(grid, len(old), self.mass_weight, self.deviation_weight, old)
+            state[grid] = maths.problem(
+                grid, count - 1, settings.mass_weight, settings.deviation_weight, like=weights, released=released
+            )
+        flat = weights.flatten(1, 2)
+        if before is not None and not released:
+            edit = maths.solve(flat, before.flatten(1, 2), state[grid], settings.iterations, again=True)
+            return edit.view(weights.shape)
         seed = 0 if call.run is None or call.run.seed is None else call.run.seed
-        pictures, heads = old.shape[1:3]
         # The same start for every picture, so that one does not depend on its place in the batch.
-        theta = maths.start(len(old), heads, seed + 1_000_003 * call.site.layer + 7_919 * (call.step or 0), old)
-        edit = maths.solve(old.flatten(1, 2), theta.repeat(1, pictures, 1, 1), state[grid], self.iterations)
-        return edit.view(old.shape)
+        theta = maths.start(count - 1, heads, seed + 1_000_003 * call.site.layer + 7_919 * (call.step or 0), flat)
+        theta = theta.repeat(1, pictures, 1, 1)
+        if released:
+            edit = maths.published(flat, theta, state[grid], settings.iterations)
+        else:
+            edit = maths.solve(flat, maths.additive(theta, state[grid]), state[grid], settings.iterations)
+        return edit.view(weights.shape)
 
 
 def auto_layers(sites: tuple[Site, ...], family: str) -> tuple[Site, ...]:
@@ -129,15 +167,8 @@ def start_and_end(words: Words) -> tuple[int, ...]:
 def apply(
     model: ModelPatcher,
     words: Words,
-    strength: float = 1.0,
+    settings: Settings = Settings(),
     heads: Heads | None = None,
-    iterations: int = 20,
-    mass_weight: float = 80.0,
-    deviation_weight: float = 0.1,
-    ema: float = 0.25,
-    decay: float = 0.99,
-    start_percent: float = 0.0,
-    end_percent: float = 0.5,
     observer: Observer = NOBODY,
 ) -> ModelPatcher:
     """A clone of ``model`` that regulates the attention to ``words``; with strength 0, just a clone.
@@ -150,38 +181,25 @@ def apply(
         ValueError: when the words are none, the span is the wrong way round, a selection is of another model, or there is no attention
             to text.
     """
-    span = Span.checked("Attention Regulation", start_percent, end_percent)
+    span = Span.checked(METHOD, settings.start_percent, settings.end_percent)
+    if settings.form not in FORMS:
+        raise ValueError(f"{METHOD}: form must be one of {', '.join(FORMS)}, not “{settings.form}”.")
     targets = tuple(sorted({c for phrase in words.phrases for c in phrase.columns}))
     if not targets:
-        raise ValueError("Attention Regulation: there are no words to raise; name at least one in Prompt Words.")
-    family, sites = model_sites(model)
-    joint = family != "unet"
-    where: dict[tuple[str, str], tuple[int, ...] | None]
-    if heads is None:
-        where = {(s.name, "joint" if joint else "cross"): None for s in auto_layers(sites, family)}
-    else:
-        chosen = check(heads, sites, family)
-        without = [s.name for s in sites if s.name in chosen and not joint and "cross" not in s.kinds]
-        if without:
-            raise ValueError(f"Attention Regulation: {without[0]} has no attention to text; choose other layers.")
-        where = {(name, "joint" if joint else "cross"): numbers for name, numbers in chosen.items()}
+        raise ValueError(f"{METHOD}: there are no words to raise; name at least one in Prompt Words.")
+    where = text_places(model, METHOD, heads, auto_layers)
     patched = model.clone()
-    if strength == 0:
+    if settings.strength == 0:
         return patched
     columns = tuple(sorted({*targets, *start_and_end(words)}))
-    places = tuple(columns.index(c) for c in targets)
-    numbers = (strength, iterations, mass_weight, deviation_weight, ema, decay)
-    names = tuple(p.text for p in words.phrases)
-    members = tuple(tuple(targets.index(c) for c in p.columns) for p in words.phrases)
-    method = _Method(places, *numbers, object(), names, members, observer)
-    edit = EditWeights(
-        where,
-        method.edit,
-        rows=COND,
-        span=span,
-        columns=columns,
-        prompt_columns=words.total,
+    method = _Regulation(
+        settings,
+        targets=tuple(columns.index(c) for c in targets),
+        names=tuple(p.text for p in words.phrases),
+        members=tuple(tuple(targets.index(c) for c in p.columns) for p in words.phrases),
+        observer=observer,
+        key=object(),
     )
-    request(patched, edit)
-    guard(patched, "Attention Regulation", words.total)
+    request(patched, EditWeights(where, method.edit, rows=COND, span=span, columns=columns, prompt_columns=words.total))
+    guard(patched, METHOD, words, observer)
     return patched

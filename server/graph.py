@@ -80,6 +80,24 @@ def made_by(graph: Prompt | None, node: str | None, name: str = "image") -> set[
     return {(n, lineage(graph, n)) for n in above}
 
 
+def prompt_text(graph: Prompt, node: str) -> str | None:
+    """The text of the positive prompt that a sampler gets, if a node above it has one."""
+    seen: set[str] = set()
+    while node in graph and node not in seen:
+        seen.add(node)
+        inputs = graph[node].get("inputs", {})
+        texts = [inputs.get(name) for name in ("text", "string", "value")]
+        written = next((t for t in texts if isinstance(t, str)), None)
+        if written is not None:
+            return written
+        names = ("text", "positive", "guider", "conditioning", "conditioning_to", "conditioning_1", "string")
+        link = next((inputs[name] for name in names if isinstance(inputs.get(name), list)), None)
+        if link is None:
+            return None
+        node = link[0]
+    return None
+
+
 def tell(node: str | None, text: str) -> None:
     """Say something on a node in the editor, and in the log."""
     logging.info("Attune: %s", text)

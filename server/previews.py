@@ -20,7 +20,7 @@ from torch import Tensor
 from ..methods.maps import folded, minmax
 from ..patches.hook.call import AttentionCall
 from ..patches.observer import Observer
-from .graph import Origin, executing, lineage, origin, prompt, server, tell
+from .graph import Origin, executing, lineage, origin, prompt, prompt_text, server, tell
 
 if TYPE_CHECKING:
     from ..language.words import Words
@@ -209,6 +209,10 @@ class Preview(Observer):
 
     def origin(self) -> Origin:
         return origin()
+
+    def prompt_text(self) -> str | None:
+        node = executing()
+        return None if node is None else prompt_text(prompt(), node)
 
     def layer(self, call: AttentionCall, weights: Tensor, names: Sequence[str] | None = None) -> None:
         if self.node is None or call.run is None:

@@ -142,7 +142,7 @@ def test_stacks_with_every_other_node_and_leaves_nothing(name):
         refine.apply(one, PHRASES, 1),
         softpag.apply(one, 3.0, 1.0, 0.0, 1.0, 0.0),
         scfg.apply(one)[0],
-        regulation.apply(one, words((3,)), iterations=2),
+        regulation.apply(one, words((3,)), regulation.Settings(iterations=2)),
     ]
     alone = sample(one)
     for stacked in stacks:

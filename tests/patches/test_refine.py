@@ -154,7 +154,7 @@ def test_stacks_and_leaves_nothing(name):
         refine.apply(one, TWO, 1, 0.9),
         fusion.apply(one, TWO),
         headfilter.apply(one, select(f"{sites[-1].name}:0", sites, family), "both"),
-        regulation.apply(one, words((2,)), iterations=2),
+        regulation.apply(one, words((2,)), regulation.Settings(iterations=2)),
         softpag.apply(one, 3.0, 1.0, 0.0, 1.0, 0.0),
         scfg.apply(one)[0],
     ]

@@ -19,6 +19,7 @@ from attune.tests import families
 from attune.tests.families import words
 from attune.tests.helpers import close, differs
 
+Settings = regulation.Settings
 sample = families.sample
 
 
@@ -40,6 +41,7 @@ def test_start_and_end_tokens():
 # --- on ComfyUI's models ----------------------------------------------------------------------------------------------
 
 TWO = words((1,), (2, 3))
+WHOLE = Settings(end_percent=1.0)
 RESTORED = [0, 5]
 
 
@@ -67,7 +69,7 @@ def looked(model: Any, **settings: Any) -> list[tuple[str, int | None, tuple[int
 @pytest.mark.parametrize("name", families.NAMES)
 def test_changes_conditional_rows_of_its_layers_and_columns_keep_their_sum(name):
     model = families.shared(name)
-    patched = regulation.apply(model, TWO, end_percent=1.0)
+    patched = regulation.apply(model, TWO, WHOLE)
     family, sites = model_sites(model)
     chosen = {s.name for s in regulation.auto_layers(sites, family)}
     settings = {"steps": 1, "size": (8, 12), "batch": 2}
@@ -126,16 +128,19 @@ def slow_run(model: Any, targets: list[int], restored: list[int], settings: dict
         grid = tuple(options["activations_shape"][-2:])
         start = chunks.index(0) * pictures
         rows = slice(start, start + pictures)
-        old = scores[rows].softmax(-1)[..., targets]  # [P, H, M, T]
         if site.name not in averages or averages[site.name][0] != step:
-            flat = old.permute(3, 0, 1, 2).flatten(1, 2).float()
+            flat = maths.with_others(scores[rows].softmax(-1), torch.tensor(targets)).flatten(1, 2).float()
             p = maths.problem(grid, len(targets), like=flat)
-            theta = maths.start(len(targets), heads, seed + 1_000_003 * site.layer + 7_919 * step, flat)
-            best = maths.solve(flat, theta.repeat(1, pictures, 1, 1), p).unflatten(1, (pictures, heads)).double()
-            before = averages[site.name][1] if site.name in averages else best
+            if site.name in averages:
+                before = averages[site.name][1]
+                best = maths.solve(flat, before.flatten(1, 2).float(), p, again=True)
+            else:
+                theta = maths.start(len(targets), heads, seed + 1_000_003 * site.layer + 7_919 * step, flat)
+                before = best = maths.solve(flat, maths.additive(theta.repeat(1, pictures, 1, 1), p), p)
+            before, best = (t.reshape(-1, pictures, heads, flat.shape[-1]).double() for t in (before, best))
             averages[site.name] = (step, 0.25 * before + 0.75 * best)
         edit = torch.zeros_like(scores[rows])
-        edit[..., targets] = 0.99**step * averages[site.name][1].permute(1, 2, 3, 0)
+        edit[..., targets] = 0.99**step * averages[site.name][1][:-1].permute(1, 2, 3, 0)
         new = (scores[rows] + edit).softmax(-1)
         new[..., restored] = weights[rows][..., restored]
         weights[rows] = new
@@ -156,7 +161,7 @@ def slow_run(model: Any, targets: list[int], restored: list[int], settings: dict
 )
 def test_equals_the_written_out_run(name, settings):
     model = families.shared(name)
-    ours = sample(regulation.apply(model, TWO, heads=last_layer(model), end_percent=1.0), **settings)
+    ours = sample(regulation.apply(model, TWO, WHOLE, heads=last_layer(model)), **settings)
     close(ours, slow_run(model, [1, 2, 3], RESTORED, settings), 5e-3)
     differs(ours, sample(model, **settings))
 
@@ -165,7 +170,7 @@ def test_words_in_the_second_chunk():
     model = families.shared("sd15")
     many = words((80,), (81, 82), total=154, content=[*range(1, 76), *range(78, 90)])
     settings = {"positive": families.text(1, 154), "negative": families.text(2, 154), "steps": 2, "size": (16, 16)}
-    ours = sample(regulation.apply(model, many, heads=last_layer(model), end_percent=1.0), **settings)
+    ours = sample(regulation.apply(model, many, WHOLE, heads=last_layer(model)), **settings)
     close(ours, slow_run(model, [80, 81, 82], [0, 76, 77, 90], settings), 5e-3)
 
 
@@ -174,26 +179,26 @@ def test_words_in_the_second_chunk():
 def test_off_is_off_to_the_bit(name, settings):
     model = families.shared(name)
     assert torch.equal(
-        sample(regulation.apply(model, TWO, **{"end_percent": 1.0, **settings}), steps=2), sample(model, steps=2)
+        sample(regulation.apply(model, TWO, Settings(**{"end_percent": 1.0, **settings})), steps=2), sample(model, steps=2)
     )
 
 
 def test_strength_and_span():
     model = families.shared("sd15")
     plain = sample(model, steps=4)
-    outs = [sample(regulation.apply(model, TWO, strength=s), steps=4) for s in (1e-4, 0.5, 1.0)]
+    outs = [sample(regulation.apply(model, TWO, Settings(strength=s)), steps=4) for s in (1e-4, 0.5, 1.0)]
     close(outs[0], plain, 1e-2)
     differs(outs[1], outs[2])
     steps = {step for _, step, _, _ in looked(regulation.apply(model, TWO), steps=4)}
     assert steps == {0, 1, 2, 3}
-    differs(outs[2], sample(regulation.apply(model, TWO, end_percent=1.0), steps=4))
+    differs(outs[2], sample(regulation.apply(model, TWO, WHOLE), steps=4))
 
 
 @pytest.mark.parametrize("name", ["sd15", "sdxl"])
 def test_a_repeated_prompt_is_the_same_prompt(name):
     """Beside a negative prompt twice or three times as long, ComfyUI repeats the positive one; the edit is the same."""
     plain = families.shared(name)
-    model = regulation.apply(plain, TWO, heads=last_layer(plain), end_percent=1.0)
+    model = regulation.apply(plain, TWO, WHOLE, heads=last_layer(plain))
     long = families.text(2, 7)
     settings = {"size": (16, 16), "steps": 1}
     for times in (2, 3):
@@ -248,7 +253,7 @@ def test_only_the_prompt_that_the_words_belong_to():
     """A second positive prompt, of another length too, is not edited."""
     model = families.shared("sd15")
     both = [*families.text(1), *families.text(5, 14)]
-    seen = looked(regulation.apply(model, TWO, end_percent=1.0), positive=both, steps=1)
+    seen = looked(regulation.apply(model, TWO, WHOLE), positive=both, steps=1)
     plain = looked(model, positive=both, steps=1)
     first = next(s.name for s in regulation.auto_layers(model_sites(model)[1], "unet"))
     changed = 0
@@ -261,7 +266,7 @@ def test_only_the_prompt_that_the_words_belong_to():
 
 def test_state_lives_in_one_run(monkeypatch):
     """A second run, a run after one that was interrupted, and one after another size all begin anew."""
-    patched = regulation.apply(families.shared("sd15"), TWO, end_percent=1.0)
+    patched = regulation.apply(families.shared("sd15"), TWO, WHOLE)
     right = sample(patched, steps=3)
 
     class StopError(Exception):
@@ -280,16 +285,16 @@ def test_state_lives_in_one_run(monkeypatch):
 @pytest.mark.parametrize(("sampler", "evaluations"), [("euler", 3), ("heun", 5), ("dpm_2", 5)])
 def test_the_edit_moves_on_once_a_step(sampler, evaluations, monkeypatch):
     model, solved, forwards = families.shared("sd15"), [], []
-    true_solve, true_edit = maths.solve, regulation._Method.edit
-    monkeypatch.setattr(maths, "solve", lambda *args: solved.append(1) or true_solve(*args))
-    monkeypatch.setattr(regulation._Method, "edit", lambda *args: forwards.append(1) or true_edit(*args))
-    sample(regulation.apply(model, TWO, end_percent=1.0), sampler=sampler, steps=3)
+    true_solve, true_edit = maths.solve, regulation._Regulation.edit
+    monkeypatch.setattr(maths, "solve", lambda *args, **more: solved.append(1) or true_solve(*args, **more))
+    monkeypatch.setattr(regulation._Regulation, "edit", lambda *args: forwards.append(1) or true_edit(*args))
+    sample(regulation.apply(model, TWO, WHOLE), sampler=sampler, steps=3)
     layers = len(regulation.auto_layers(model_sites(model)[1], "unet"))
     assert len(solved) == 3 * layers and len(forwards) == evaluations * layers
 
 
 def test_the_seed_decides(monkeypatch):
-    model = regulation.apply(families.shared("sd15"), TWO, end_percent=1.0)
+    model = regulation.apply(families.shared("sd15"), TWO, WHOLE)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
 
     def run(seed: int) -> Tensor:
@@ -307,7 +312,7 @@ def test_the_seed_decides(monkeypatch):
 
 def test_a_picture_does_not_depend_on_its_batch():
     model = families.shared("sd15")
-    model = regulation.apply(model, TWO, heads=last_layer(model), end_percent=1.0)
+    model = regulation.apply(model, TWO, WHOLE, heads=last_layer(model))
     noise = torch.randn(3, 4, 16, 16, generator=torch.Generator().manual_seed(1))
 
     def run(part: Tensor) -> Tensor:
@@ -324,7 +329,7 @@ def test_a_picture_does_not_depend_on_its_batch():
 @pytest.mark.parametrize("sampler", ["euler", "heun"])
 def test_cond_and_uncond_in_one_batch_or_two(sampler, monkeypatch):
     model = families.shared("sd15")
-    model = regulation.apply(model, TWO, heads=last_layer(model), end_percent=1.0)
+    model = regulation.apply(model, TWO, WHOLE, heads=last_layer(model))
     settings = {"sampler": sampler, "size": (16, 16)}
     together = sample(model, **settings)
     monkeypatch.setattr(type(model.model), "memory_required", lambda *args, **kwargs: 1e30)
@@ -338,7 +343,7 @@ def test_bf16_models_stay_in_their_dtype(name):
     model.model.manual_cast_dtype = None
     model.model.diffusion_model.dtype = torch.bfloat16
     seen = set()
-    patched = regulation.apply(model, TWO, end_percent=1.0)
+    patched = regulation.apply(model, TWO, WHOLE)
     place = ("middle.0.0", "self") if name == "sd15" else ("single.1", "joint")
     request(patched, BlendOutputs({place: (0,)}, lambda call, heads: seen.add(heads.out.dtype) or heads.out))
     out = sample(patched)
@@ -350,9 +355,7 @@ def test_layers_of_a_selection_and_their_heads():
     model = families.shared("sd15")
     family, _ = model_sites(model)
     heads = regulation.Heads(family, (("middle.0.0", (1, 3)),))
-    before, after = (
-        looked(m, steps=1) for m in (model, regulation.apply(model, TWO, heads=heads, strength=1.0, end_percent=1.0))
-    )
+    before, after = (looked(m, steps=1) for m in (model, regulation.apply(model, TWO, WHOLE, heads=heads)))
     for (site, _, roles, a), (_, _, _, b) in zip(before, after, strict=True):
         if site == "middle.0.0":
             changed = (a - b).abs().amax((2, 3)) > 1e-3
@@ -378,7 +381,7 @@ def test_auto_layers_are_the_papers():
 def test_bad_input_is_refused_before_sampling():
     model = families.shared("sd15")
     with pytest.raises(ValueError, match="swap"):
-        regulation.apply(model, TWO, start_percent=0.9, end_percent=0.1)
+        regulation.apply(model, TWO, Settings(start_percent=0.9, end_percent=0.1))
     with pytest.raises(ValueError, match="no words"):
         regulation.apply(model, words())
     with pytest.raises(ValueError, match="another model"):
@@ -394,8 +397,8 @@ def test_stacks_with_itself_and_with_guidance():
     from attune.patches import softpag
 
     model = families.shared("sd15")
-    one = regulation.apply(model, words((1,)), end_percent=1.0)
-    two = regulation.apply(one, words((2, 3)), end_percent=1.0)
+    one = regulation.apply(model, words((1,)), WHOLE)
+    two = regulation.apply(one, words((2, 3)), WHOLE)
     differs(sample(two), sample(one))
     guided = softpag.apply(one, 3.0, 1.0, 0.0, 1.0, 0.0)
     out = sample(guided)
@@ -406,7 +409,7 @@ def test_stacks_with_itself_and_with_guidance():
 def test_gradients_flow_through_the_edited_map():
     """A method that moves the latent may differentiate a regulated forward; the edit itself is a constant there."""
     model = families.shared("sd15")
-    patched = regulation.apply(model, TWO, end_percent=1.0)
+    patched = regulation.apply(model, TWO, WHOLE)
     maps: list[Tensor] = []
     request(patched, ReadWeights({("output.1.0", "cross"): None}, lambda call, w: maps.append(w), columns=(1,)))
     options = {**patched.model_options["transformer_options"], "wrappers": patched.wrappers, "cond_or_uncond": [0]}
@@ -424,10 +427,10 @@ def test_the_node():
     from attune.nodes.regulation import AttuneRegulation
 
     schema = AttuneRegulation.define_schema()
-    names = "model words strength layers iterations mass_weight deviation_weight ema decay start_percent end_percent"
+    names = "model words strength layers iterations mass_weight deviation_weight ema decay start_percent end_percent form"
     assert [i.id for i in schema.inputs] == names.split()
     defaults = {i.id: i.default for i in schema.inputs if i.id not in ("model", "words")}
-    assert list(defaults.values()) == [1.0, "auto", 20, 80.0, 0.1, 0.25, 0.99, 0.0, 0.5]
+    assert list(defaults.values()) == [1.0, "auto", 20, 80.0, 0.1, 0.25, 0.99, 0.0, 0.5, "paper"]
     assert all(part.tooltip for part in (*schema.inputs, *schema.outputs))
 
     model = families.shared("sd15")

@@ -30,6 +30,7 @@ from .shared.pictures import generate, interval, paired, verdicts
 from .shared.records import recorded
 from .shared.speed import PLAIN
 
+Settings = regulation.Settings
 HALF = "regulation, half of the steps"
 LIMITS = {HALF: 1.12}
 LAUNCHES = 200
@@ -44,10 +45,10 @@ def variants(plain: comfy.model_patcher.ModelPatcher) -> dict[str, comfy.model_p
     """The plain model, and everything that is compared with it. (0.45: just under half of the steps' noise, so half of the steps.)"""
     return {
         PLAIN: plain,
-        HALF: regulation.apply(plain, WORDS, end_percent=0.45),
-        "regulation, every step": regulation.apply(plain, WORDS, end_percent=1.0),
-        "regulation, every step, 10 iterations": regulation.apply(plain, WORDS, iterations=10, end_percent=1.0),
-        "regulation outside its span": regulation.apply(plain, WORDS, start_percent=1.0, end_percent=1.0),
+        HALF: regulation.apply(plain, WORDS, Settings(end_percent=0.45)),
+        "regulation, every step": regulation.apply(plain, WORDS, Settings(end_percent=1.0)),
+        "released form, every step": regulation.apply(plain, WORDS, Settings(form=regulation.RELEASED, end_percent=1.0)),
+        "regulation outside its span": regulation.apply(plain, WORDS, Settings(start_percent=1.0, end_percent=1.0)),
     }
 
 
@@ -74,7 +75,7 @@ def launches() -> float:
     plain = speed.with_data(32, torch.device("cpu"))
     family, sites = model_sites(plain)
     counts = []
-    for patched in (plain, regulation.apply(plain, WORDS, end_percent=1.0)):
+    for patched in (plain, regulation.apply(plain, WORDS, Settings(end_percent=1.0))):
         run = speed.stepper(patched, 1, 16)
         run()
         with Launches() as counter:
@@ -160,7 +161,7 @@ def rows(args: argparse.Namespace) -> list[tuple[str, Callable]]:
         def patch(base: Any, words: Words, chosen: dict[str, Any] = chosen, layers: str = layers) -> Any:
             family, sites = model_sites(base)
             heads = None if layers == "auto" else select(layers, sites, family)
-            return regulation.apply(base, words, heads=heads, **chosen)
+            return regulation.apply(base, words, Settings(**chosen), heads)
 
         out.append((", ".join(["regulation", *said]), patch))
     return out
