@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..patches.hook.install import REQUESTS, ModelPatcher, install, model_sites
-from ..patches.hook.requests import Span
+from ..patches.hook.requests import ReadWeights, ShareMap, Span
 from ..patches.hook.sites import Heads
 from ..patches.prompts import refuse
 from ..patches.softpag import Perturbation, scale_of
@@ -181,8 +181,10 @@ class Engine:
 
     def identities(self) -> list[Identity]:
         """Everything that a score of each scorer depends on."""
+        joint = {} if self.family == "unet" else {"tokens": Perturbation.tokens}  # once text rows stayed as they were
         found = identity(
             {
+                **joint,
                 "version": VERSION,
                 "family": self.family,
                 "settings": asdict(self.settings),
@@ -206,7 +208,7 @@ def _refuse_readers(model: ModelPatcher) -> None:
         ValueError: with what to do.
     """
     asked = model.model_options.get("transformer_options", {}).get(REQUESTS, ())
-    if any(r.verb in ("read", "share") for r in asked):
+    if any(isinstance(request, (ReadWeights, ShareMap)) for request in asked):
         raise ValueError(
             "HeadHunter: on this model a node reads or shares attention maps (Semantic-aware CFG, Capture Attention Maps, Detail++), and a "
             "search draws many pictures in one batch. Connect the model from before that node."

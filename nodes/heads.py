@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..hunt import head_files
+from ..patches.head_presets import OWN, PRESETS, preset_heads
 from ..patches.hook.install import model_sites
 from ..patches.hook.sites import select
 from ..server import layouts
@@ -33,6 +34,14 @@ class AttuneHeads(AttuneNode):
                     "“middle.0.0:0-3 output.*.*:1,5”. Without “:heads” all heads of the site are taken. Sites are input.4.0, middle.0.0, "
                     "output.3.1 (SD1.5, SDXL), joint.7 (SD3), double.7 and single.20 (FLUX). Paper style works too: “L8H3 L9H0-4”.",
                 ),
+                io.Combo.Input(
+                    "preset",
+                    options=[OWN, *PRESETS],
+                    default=OWN,
+                    optional=True,
+                    tooltip="selection: what is written above. Or a set of heads of the paper, for SD3 medium and FLUX.1: sd3_quality and "
+                    "flux_quality are the whole layer that SoftPAG takes by itself; the others bring out what their name says.",
+                ),
             ],
             outputs=[
                 AttuneHeadsType.Output(display_name="heads", tooltip="The chosen heads."),
@@ -41,11 +50,12 @@ class AttuneHeads(AttuneNode):
         )
 
     @classmethod
-    def execute(cls, model, selection) -> io.NodeOutput:
+    def execute(cls, model, selection, preset=OWN) -> io.NodeOutput:
         family, sites = model_sites(model)
-        heads = select(selection, sites, family)
+        heads = select(selection, sites, family) if preset == OWN else preset_heads(preset, sites, family)
         total = sum(site.heads for site in sites)
-        summary = f"{len(heads)} of {total} heads in {len(heads.chosen)} of {len(sites)} layers: {heads.text}"
+        about = "" if preset == OWN else f"{preset}, {PRESETS[preset].source}: "
+        summary = f"{about}{len(heads)} of {total} heads in {len(heads.chosen)} of {len(sites)} layers: {heads.text}"
         return io.NodeOutput(heads, summary, ui=layouts.shown(sites, family, heads))
 
 

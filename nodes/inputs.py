@@ -30,11 +30,15 @@ def percents(settings: Any, begin: str, stop: str) -> list[io.Float.Input]:
     ]
 
 
+def advanced(entry: Any) -> Any:
+    """An input that newer editors hide until it is asked for."""
+    entry.extra_dict["advanced"] = True  # not an argument yet in the oldest ComfyUI that we support
+    return entry
+
+
 def advanced_choice(name: str, options: tuple[str, ...], default: str, tooltip: str) -> io.Combo.Input:
     """A choice that old workflows do not have, and that newer editors hide until it is asked for."""
-    choice = io.Combo.Input(name, options=list(options), default=default, optional=True, tooltip=tooltip)
-    choice.extra_dict["advanced"] = True  # not an argument yet in the oldest ComfyUI that we support
-    return choice
+    return advanced(io.Combo.Input(name, options=list(options), default=default, optional=True, tooltip=tooltip))
 
 
 def selected(model: Any, layers: str) -> Heads | None:

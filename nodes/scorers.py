@@ -4,17 +4,16 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..scoring.folders import SCORERS, fingerprint, model_folders
-from ..scoring.scorers import ClipScorer, PreferenceScorer
+from ..scoring.scorers import SCORERS, ClipScorer, PreferenceScorer, fingerprint, folders
 from .base import AttuneNode
 
 AttuneScorerType = io.Custom("ATTUNE_SCORER")
 NONE = "(none yet)"
 
 
-def folder_names(kind: str) -> list[str]:
+def model_folders(kind: str) -> list[str]:
     """Names for a menu; it must never be empty."""
-    return list(model_folders(kind)) or [NONE]
+    return list(folders(kind)) or [NONE]
 
 
 class _OfFolder(AttuneNode):
@@ -44,7 +43,7 @@ class AttuneClipScorer(_OfFolder):
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=folder_names(SCORERS),
+                    options=model_folders(SCORERS),
                     tooltip=f"A folder in models/{SCORERS} with a whole CLIP or SigLIP model as Hugging Face has it: config.json, "
                     "model.safetensors, tokenizer and preprocessor files. Press R after adding one.",
                 )
@@ -72,7 +71,7 @@ class AttunePreferenceScorer(_OfFolder):
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=folder_names(SCORERS),
+                    options=model_folders(SCORERS),
                     tooltip=f"A folder in models/{SCORERS} with PickScore or another preference-tuned CLIP as Hugging Face has it; or a CLIP "
                     "with a head.safetensors beside it, an MLP on its vectors.",
                 )

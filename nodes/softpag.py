@@ -4,9 +4,12 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
+from ..methods.softpag import PATHS, TARGETS, TOKENS
 from ..patches import softpag
+from ..patches.softpag import AUTOMATIC, Settings
 from .base import AttuneNode
 from .heads import AttuneHeadsType
+from .inputs import advanced, advanced_choice, percents
 
 
 class AttuneSoftPAG(AttuneNode):
@@ -22,40 +25,31 @@ class AttuneSoftPAG(AttuneNode):
                 io.Model.Input("model", tooltip="The model to guide. LoRAs, ControlNets and other patches on it stay."),
                 io.Float.Input(
                     "scale",
-                    default=3.0,
-                    min=0.0,
+                    default=Settings.scale,
+                    min=AUTOMATIC,
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="How far to move away from the perturbed prediction. 0 is off; 2 to 5 is usual; too much over-smooths.",
+                    tooltip="How far to move away from the perturbed prediction. 0 is off; 2 to 5 is usual; too much over-smooths. -1 is the "
+                    "model's own: 3, and 8 for FLUX with FluxGuidance at 0 (less with more of it).",
                 ),
                 io.Float.Input(
                     "perturbation",
-                    default=1.0,
-                    min=0.0,
+                    default=Settings.perturbation,
+                    min=AUTOMATIC,
                     max=1.0,
                     step=0.01,
-                    tooltip="How strongly the chosen heads are perturbed (u in the paper). 1 is PAG, lower is gentler, 0 is off.",
+                    tooltip="How strongly the chosen heads are perturbed (u in the paper). 1 is PAG, lower is gentler, 0 is off. -1 is the "
+                    "model's own: 1 for SD1.5 and SDXL, 0.5 for SD3 and FLUX, where it is best; with 24 heads across layers try 0.25.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in sampling to begin: 0 is the first step.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in sampling to stop. Layout forms early, so 0.6 saves time and keeps most of the effect.",
+                *percents(
+                    Settings,
+                    "Where in sampling to begin: 0 is the first step.",
+                    "Where in sampling to stop. Layout forms early, so 0.6 saves time and keeps most of the effect.",
                 ),
                 io.Float.Input(
                     "rescale",
-                    default=0.0,
+                    default=Settings.rescale,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -64,13 +58,94 @@ class AttuneSoftPAG(AttuneNode):
                 AttuneHeadsType.Input(
                     "heads",
                     optional=True,
-                    tooltip="Heads from Select Heads. Left open: the whole middle block of a UNet; in SD3 and FLUX one layer just after the "
-                    "middle of the joint (double) blocks.",
+                    tooltip="Heads from Select Heads. Left open: the whole middle block of a UNet; in SD3 layer 9, one of its best; in FLUX "
+                    "the layer at the same depth.",
+                ),
+                advanced_choice(
+                    "tokens",
+                    TOKENS,
+                    Settings.tokens,
+                    "SD3 and FLUX, where image and text share one attention: whose attention is perturbed. all is the paper's.",
+                ),
+                advanced_choice(
+                    "target",
+                    tuple(TARGETS),
+                    Settings.target,
+                    "What attention is pulled towards. identity: every token looks at itself (SoftPAG). uniform: at all alike. mean query: all "
+                    "look as the mean does (SEG). temperature, maximum: sharper or flatter. The others change one block of joint attention: "
+                    "who (image or text) sees whom. maximum makes whole maps and is slow.",
+                ),
+                advanced(
+                    io.Float.Input(
+                        "temperature",
+                        default=Settings.temperature,
+                        min=0.01,
+                        max=100.0,
+                        step=0.01,
+                        optional=True,
+                        tooltip="For the target temperature: below 1 attention gets sharper, above 1 flatter.",
+                    )
+                ),
+                advanced_choice(
+                    "path",
+                    tuple(PATHS),
+                    Settings.path,
+                    "How attention gets to the target as perturbation grows; at 1 all are there. linear is SoftPAG. Other paths make whole "
+                    "maps, a part at a time, and are slow; log-linear to uniform, mean query and temperature is not.",
+                ),
+                AttuneHeadsType.Input(
+                    "heads_2",
+                    optional=True,
+                    tooltip="A second set of heads, perturbed in a pass of its own, with scale_2: for example quality and a style. Costs as a "
+                    "second SoftPAG node does.",
+                ),
+                advanced(
+                    io.Float.Input(
+                        "scale_2",
+                        default=Settings.scale_2,
+                        min=AUTOMATIC,
+                        max=100.0,
+                        step=0.1,
+                        round=0.01,
+                        optional=True,
+                        tooltip="The scale of heads_2; -1 is the model's own, as for scale.",
+                    )
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The guided model: connect it to a KSampler.")],
         )
 
     @classmethod
-    def execute(cls, model, scale, perturbation, start_percent, end_percent, rescale, heads=None) -> io.NodeOutput:
-        return io.NodeOutput(softpag.apply(model, scale, perturbation, start_percent, end_percent, rescale, heads))
+    def execute(
+        cls,
+        model,
+        scale,
+        perturbation,
+        start_percent,
+        end_percent,
+        rescale,
+        heads=None,
+        tokens=Settings.tokens,
+        target=Settings.target,
+        temperature=Settings.temperature,
+        path=Settings.path,
+        heads_2=None,
+        scale_2=Settings.scale_2,
+    ) -> io.NodeOutput:
+        return io.NodeOutput(
+            softpag.apply(
+                model,
+                scale=scale,
+                perturbation=perturbation,
+                start_percent=start_percent,
+                end_percent=end_percent,
+                rescale=rescale,
+                heads=heads,
+                tokens=tokens,
+                target=target,
+                temperature=temperature,
+                path=path,
+                heads_2=heads_2,
+                scale_2=scale_2,
+            )
+        )

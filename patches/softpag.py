@@ -10,18 +10,49 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ..methods.softpag import guide, soften
+from ..methods.softpag import ALL, PATHS, TARGETS, TEXT, TOKENS, Tokens, guide, perturb, rows_of
 from .hook import prefix_cache
 from .hook.blends import ChosenHeads
 from .hook.call import AttentionCall
 from .hook.install import ModelPatcher, install, model_sites
-from .hook.requests import ALL, BlendOutputs, Request, Span
+from .hook.requests import ALL as EVERY_ROW
+from .hook.requests import BlendOutputs, Request, Span
 from .hook.run import ExtraForward, with_extra_forward
 from .hook.sites import Heads, Site, check, select
+from .hook.tensors import index_or_slice
 
 AUTOMATIC = -1.0  # of a scale or a perturbation: what is usual for the model's family
 _SCALES = {"unet": 3.0, "sd3": 3.0, "flux": 8.0}  # section D.1 of the paper; a UNet's is PAG's
 _PERTURBATIONS = {"unet": 1.0, "sd3": 0.5, "flux": 0.5}  # figure 11; a UNet's is PAG's
+_DEPTH = (9 + 0.5) / 24  # layer 9 of SD3 medium's 24, one of its four best and the one of figures 9 and 14
+
+
+@dataclass(frozen=True)
+class Settings:
+    """SoftPAG's numbers and choices, as its node has them (see `perturb`)."""
+
+    scale: float = AUTOMATIC
+    perturbation: float = AUTOMATIC
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+    rescale: float = 0.0
+    tokens: str = ALL
+    target: str = "identity"
+    temperature: float = 0.5
+    path: str = "linear"
+    scale_2: float = AUTOMATIC
+
+
+@dataclass(frozen=True)
+class Perturbation:
+    """Heads to perturb, per site, and how: ``u`` in (0, 1] along a path to a target, for rows of some tokens."""
+
+    heads: Mapping[str, tuple[int, ...]]
+    u: float
+    tokens: str = Settings.tokens
+    target: str = Settings.target
+    path: str = Settings.path
+    temperature: float = Settings.temperature
 
 
 def scale_of(family: str, scale: float) -> float:
@@ -34,23 +65,18 @@ def perturbation_of(family: str, perturbation: float) -> float:
     return _PERTURBATIONS[family] if perturbation < 0 else perturbation
 
 
-@dataclass(frozen=True)
-class Perturbation:
-    """Heads to perturb, per site, and how far: ``u`` in [0, 1]."""
-
-    heads: Mapping[str, tuple[int, ...]]
-    u: float
-
-
 def default_heads(family: str, sites: tuple[Site, ...]) -> Heads:
-    """Where PAG is usually applied: a UNet's middle block; the layer after the middle of SD3's or of FLUX's double blocks."""
+    """Where to perturb: a UNet's middle block, as PAG does; a transformer's layer at the depth of SD3 medium's layer 9.
+
+    For FLUX the paper has no comparison of layers: its heads of quality are in early and middle layers, as SD3's (figure 22), so the same
+    depth is an analogy.
+    """
     if family == "unet":
         names = [s.name for s in sites if s.name.startswith("middle.")]
         if not names:  # SSD-1B and the like have no attention in the middle
             names = [s.name for s in sites if s.name.startswith("input.")][-1:]
         return select(" ".join(names), sites, family)
-    first = [s for s in sites if s.name.startswith(("joint.", "double."))] or list(sites)
-    return select(first[min(len(first) // 2 + 1, len(first) - 1)].name, sites, family)
+    return select(sites[int(len(sites) * _DEPTH)].name, sites, family)
 
 
 def recording(
@@ -95,8 +121,9 @@ def perturbed_rows(
         source = tuple(recorded[row] for row in where)
         same = None if source == tuple(range(len(x))) else source  # spares a wait for the device
         options = with_extra_forward(model_options, ExtraForward(requests, block, same))
-        (denoised,) = comfy.samplers.calc_cond_batch(model, [cond], x[where], sigma[where], options)
-        out[where] = denoised
+        which = index_or_slice(where, x.device)
+        (denoised,) = comfy.samplers.calc_cond_batch(model, [cond], x[which], sigma[which], options)
+        out[which] = denoised
     return out
 
 
@@ -134,51 +161,103 @@ def _first(perturbation: Perturbation, sites: tuple[Site, ...]) -> Site:
 
 def _requests(perturbations: Sequence[Perturbation], pictures: int, sites: Mapping[str, Site]) -> tuple[Request, ...]:
     """Every perturbation's heads for its own rows; those that do the same to the same heads of a site share a request."""
-    rows: dict[tuple[str, tuple[int, ...], Any], list[int]] = {}
-    for number, perturbation in enumerate(perturbations):
+    rows: dict[tuple[Any, ...], list[int]] = {}
+    for number, p in enumerate(perturbations):
         own = range(number * pictures, (number + 1) * pictures)
-        for name, heads in perturbation.heads.items():
-            rows.setdefault((name, heads, perturbation.u), []).extend(own)
-
-    def request(name: str, heads: tuple[int, ...], u: float, rows: tuple[int, ...] | str) -> Request:
-        def blend(call: AttentionCall, heads: ChosenHeads) -> Tensor:
-            return heads.v if u == 1 else soften(heads.out, heads.v, u)
-
-        return BlendOutputs({(name, sites[name].kind): heads}, blend, rows=rows, ignores_output=u == 1)
-
+        for name, heads in p.heads.items():
+            rows.setdefault((name, heads, p.u, p.tokens, p.target, p.path, p.temperature), []).extend(own)
     total = len(perturbations) * pictures
-    return tuple(request(*what, tuple(of) if len(of) < total else ALL) for what, of in rows.items())
+    return tuple(
+        _request(sites[name], heads, tuple(of) if len(of) < total else EVERY_ROW, *how)
+        for (name, heads, *how), of in rows.items()
+    )
+
+
+def _request(
+    site: Site,
+    heads: tuple[int, ...],
+    rows: tuple[int, ...] | str,
+    u: float,
+    tokens: str,
+    target: str,
+    path: str,
+    temperature: float,
+) -> Request:
+    """What one perturbation asks of one site."""
+
+    def blend(call: AttentionCall, chosen: ChosenHeads) -> Tensor:
+        known = Tokens(chosen.v.shape[-2], call.image, call.text)
+        return perturb(chosen, known, tokens, u, target, path, temperature)
+
+    whole = site.kind == "self" or rows_of(tokens, target) == ALL
+    return BlendOutputs({(site.name, site.kind): heads}, blend, rows=rows, tokens=EVERY_ROW, ignores_output=u == 1 and whole)
 
 
 def apply(
     model: ModelPatcher,
-    scale: float,
-    perturbation: float,
-    start_percent: float,
-    end_percent: float,
-    rescale: float,
+    scale: float = Settings.scale,
+    perturbation: float = Settings.perturbation,
+    start_percent: float = Settings.start_percent,
+    end_percent: float = Settings.end_percent,
+    rescale: float = Settings.rescale,
     heads: Heads | None = None,
+    *,
+    tokens: str = Settings.tokens,
+    target: str = Settings.target,
+    temperature: float = Settings.temperature,
+    path: str = Settings.path,
+    heads_2: Heads | None = None,
+    scale_2: float = Settings.scale_2,
 ) -> ModelPatcher:
     """A clone of ``model`` with SoftPAG on it; with scale or perturbation 0, just a clone.
 
+    Args:
+        scale, perturbation, scale_2: `AUTOMATIC` (or anything negative) is the model family's own.
+        heads: None is `default_heads`; ``heads_2``, with ``scale_2``, are perturbed in a pass of their own, in the same way.
+
     Raises:
-        ValueError: when the heads belong to another model, the span is empty, or the model family is unknown.
+        ValueError: when the heads belong to another model, the span is empty, the model family is unknown, or a choice is, or means
+            nothing on this model.
     """
     span = Span.checked("SoftPAG", start_percent, end_percent)
     family, sites = model_sites(model)
-    chosen = check(heads or default_heads(family, sites), sites, family)
+    _check(family, tokens, target, path)
+    u = perturbation_of(family, perturbation)
+    sets = [(heads or default_heads(family, sites), scale_of(family, scale))]
+    if heads_2 is not None:
+        sets.append((heads_2, scale_of(family, scale_2)))
+    passes = [(Perturbation(check(h, sites, family), u, tokens, target, path, temperature), s) for h, s in sets]
+    passes = [(p, s) for p, s in passes if s != 0 and u != 0]
     patched = model.clone()
-    if scale == 0 or perturbation == 0:
+    if not passes:
         return patched
     install(patched)
-    one = Perturbation(chosen, perturbation)
-    patched.model_options = recording(patched.model_options, span, (one,), sites)
+    perturbations = tuple(p for p, _ in passes)
+    patched.model_options = recording(patched.model_options, span, perturbations, sites)
 
     def guidance(args: dict[str, Any]) -> Tensor:
+        denoised: Tensor = args["denoised"]
         if not span.holds(args["sigma"], args["model"].model_sampling):
-            return args["denoised"]
-        (perturbed,) = perturbed_predictions(args, (one,), sites)
-        return guide(args["denoised"], args["cond_denoised"], perturbed, scale, rescale)
+            return denoised
+        for weaker, (_, s) in zip(perturbed_predictions(args, perturbations, sites), passes, strict=True):
+            denoised = guide(denoised, args["cond_denoised"], weaker, s, rescale)
+        return denoised
 
     patched.set_model_sampler_post_cfg_function(guidance)
     return patched
+
+
+def _check(family: str, tokens: str, target: str, path: str) -> None:
+    """Raises ValueError for choices that are unknown, or mean nothing on a model of this family."""
+    for name, value, known in (("tokens", tokens, TOKENS), ("target", target, TARGETS), ("path", path, PATHS)):
+        if value not in known:
+            raise ValueError(f"SoftPAG: there is no {name} “{value}”; choose one of {', '.join(known)}.")
+    if family == "unet" and (tokens == TEXT or target == "mean text query" or "-" in target):
+        raise ValueError(
+            f"SoftPAG: tokens “{tokens}” with target “{target}” needs image and text tokens in one attention, as SD3 and FLUX have; on this "
+            f"UNet set tokens to {ALL} and target to one without “text” and “-”."
+        )
+    if rows_of(tokens, target) is None:
+        raise ValueError(
+            f"SoftPAG: the target “{target}” is about {TARGETS[target]} tokens, and tokens is set to {tokens}; set tokens to {ALL}."
+        )

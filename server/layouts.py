@@ -15,6 +15,8 @@ import comfy.supported_models
 import folder_paths
 import torch
 
+from ..patches.head_presets import PRESETS as HEAD_PRESETS
+from ..patches.head_presets import fits, preset_heads
 from ..patches.hook.families import family, sites
 from ..patches.hook.sites import Heads, Site
 from ..patches.softpag import default_heads
@@ -108,13 +110,15 @@ class UntoldError(ValueError):
 
 
 def layout(model_sites: Iterable[Site], model_family: str, title: str = "") -> dict[str, Any]:
-    """What the head picker draws, as plain data: every layer's name and number of heads in order, and SoftPAG's default."""
+    """What the head picker draws, as plain data: every layer's name and number of heads in order, SoftPAG's default, and presets."""
     every = tuple(model_sites)
+    mine = [name for name, preset in HEAD_PRESETS.items() if fits(preset, every, model_family)]
     return {
         "title": title,
         "family": model_family,
         "layers": [[site.name, site.heads] for site in every],
         "default": default_heads(model_family, every).text,
+        "presets": {name: preset_heads(name, every, model_family).text for name in mine},
     }
 
 

@@ -6,6 +6,7 @@ import { read, text } from "./selection.js"
 const NODE = "AttuneHeads"
 const PRESETS = { sd15: "SD1.5", sdxl: "SDXL", sd3: "SD3 medium", flux: "FLUX", demo: "Demo model" }
 const LOADERS = { ckpt_name: "checkpoints", unet_name: "diffusion_models" }
+const OWN = "selection" // not a preset: what is written
 const LABELS = 58
 const HEADER = 13
 const known = new Map() // what is asked of the server, to its promise
@@ -134,7 +135,7 @@ class Picker {
       this.key = key
       this.find(question, key)
     }
-    if (this.value() !== this.seen) this.refresh()
+    if (this.value() !== this.seen || this.named !== this.seenName) this.refresh()
   }
 
   async find(question, key) {
@@ -202,16 +203,24 @@ class Picker {
 
   // --- the text, and what is chosen ---
 
+  /** The chosen preset's name; nothing where the text says which heads. */
+  get named() {
+    const name = widgetOf(this.node, "preset")?.value
+    return name && name !== OWN && !isLinked(this.node, "preset") ? name : ""
+  }
+
   value() {
+    if (this.named) return this.layout?.presets?.[this.named] ?? ""
     return widgetOf(this.node, "selection")?.value ?? ""
   }
 
   get fixed() {
-    return isLinked(this.node, "selection")
+    return isLinked(this.node, "selection") || isLinked(this.node, "preset") || Boolean(this.named)
   }
 
   refresh() {
     this.seen = this.value()
+    this.seenName = this.named
     const { chosen, bad } = read(this.seen, this.layers ?? [])
     this.chosen = chosen
     this.bad = this.layout ? bad : []
@@ -248,14 +257,19 @@ class Picker {
     const total = this.layers?.reduce((sum, [, heads]) => sum + heads, 0) ?? 0
     const count = this.chosen.reduce((sum, row) => sum + row.reduce((a, b) => a + b, 0), 0)
     const scored = this.heat()
-    let line = this.fixed ? "The selection comes from a connected text." : `${count} of ${total} heads in ${this.layers?.length ?? 0} layers`
+    let line = this.named
+      ? `${count} heads of the preset ${this.named}; set preset to ${OWN} to choose others`
+      : this.fixed
+        ? "The selection comes from a connected text."
+        : `${count} of ${total} heads in ${this.layers?.length ?? 0} layers`
     if (scored) line += `, colours: ${scored.title}`
     if (this.hover && this.layout) {
       const [i, n] = this.hover
       const score = scored?.sites[this.layers[i][0]]?.[n]
       line = `${this.layers[i][0]}${n < 0 ? "" : ` head ${n}`}${n >= 0 && this.chosen[i][n] ? ", chosen" : ""}${!isScore(score) ? "" : `, ${score.toPrecision(3)}`}`
     }
-    const wrong = this.bad[0] && `${this.bad[0].why} (in “${this.bad[0].item}”)`
+    const stranger = this.named && this.layout && !this.layout.presets?.[this.named]
+    const wrong = stranger ? `The preset ${this.named} is for another model.` : this.bad[0] && `${this.bad[0].why} (in “${this.bad[0].item}”)`
     this.status.textContent = this.layout ? wrong || line : this.problem
     this.status.title = this.status.textContent
     this.status.className = `attune-status${this.layout && wrong ? " attune-error" : ""}`

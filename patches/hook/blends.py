@@ -54,19 +54,34 @@ class ChosenHeads:
     def v(self) -> Tensor:
         return self._tensors.v[self.where(self.keys)]
 
+    @cached_property
+    def scale(self) -> float:
+        """What logits are multiplied by."""
+        return self._tensors.q.shape[-1] ** -0.5 if self._tensors.scale is None else self._tensors.scale
+
+    @cached_property
+    def mask(self) -> Tensor | None:
+        """What is added to logits, ``[R or 1, h or 1, M or 1, N]``, if the call has a mask."""
+        mask = self._mask()
+        if mask is None or mask.dtype != torch.bool:
+            return mask
+        return torch.zeros(mask.shape, device=mask.device).masked_fill(~mask, float("-inf"))
+
+    def _mask(self) -> Tensor | None:
+        mask = self._tensors.mask(self.rows, self.tokens)
+        return mask if mask is None or mask.shape[1] == 1 else mask[:, self.heads]
+
     def attend(self, q: Tensor | None = None, k: Tensor | None = None, v: Tensor | None = None) -> Tensor:
         """ComfyUI's kernel for these queries, on all keys and values, with some of these tokens' replaced.
 
         Args:
-            q, k, v: in place of those here, of the same shape; None leaves them.
+            q, k, v: in place of those here, of the same shape; None leaves them. Without a mask there may be other numbers of queries, and
+                of keys where these tokens are all there are.
 
         Returns:
             ``[R, h, M, d]``.
         """
-        mask = self._tensors.mask(self.rows, self.tokens)
-        if mask is not None and mask.shape[1] > 1:
-            mask = mask[:, self.heads]
-        return self._kernel.part(self.q if q is None else q, self._all("k", k), self._all("v", v), mask)
+        return self._kernel.part(self.q if q is None else q, self._all("k", k), self._all("v", v), self._mask())
 
     def _all(self, name: str, new: Tensor | None) -> Tensor:
         whole: Tensor = getattr(self._tensors, name)[self.where(slice(None))]

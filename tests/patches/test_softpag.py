@@ -16,6 +16,7 @@ from attune.patches import softpag
 from attune.patches.hook import prefix_cache
 from attune.patches.hook.families import family_of
 from attune.patches.hook.install import model_sites
+from attune.server import layouts
 from attune.tests import families
 from attune.tests.families import heads_of
 from attune.tests.helpers import close
@@ -27,7 +28,7 @@ def differs(a, b):
     assert (a - b).abs().max() > 1e-2 * b.abs().max()
 
 
-def naive(model, scale, u, heads):
+def naive(model, scale, u, heads, tokens="all"):
     """SoftPAG in a full second pass, one head and one row at a time, softmax written out; sites are known by counting calls."""
     sites = model_sites(model)[1]
     calls = [(s.name, kind) for s in sites for kind in s.kinds]
@@ -53,11 +54,12 @@ def naive(model, scale, u, heads):
             d = q.shape[-1]
             image = args["input"].shape[-2:]
             first = 0 if kind == "self" else q.shape[2] - -(-image[0] // 2) * -(-image[1] // 2)
+            own = {"all": slice(0, None), "image": slice(first, None), "text": slice(0, first)}[tokens]
             for row in range(len(q)):
                 for h in chosen[name]:
                     attended = (q[row, h] @ k[row, h].T / d**0.5).softmax(-1) @ v[row, h]
                     mixed = (1 - u) * attended + u * v[row, h]
-                    out[row, first:, h * d : (h + 1) * d] = mixed[first:]
+                    out[row, own, h * d : (h + 1) * d] = mixed[own]
             return out
 
         options = args["model_options"]
@@ -134,6 +136,150 @@ def test_any_heads_equal_the_naive_reference(name, cfg, u, size, batch):
     ours = sample(softpag.apply(model, 2.0, u, 0, 1, 0, heads), **settings)
     close(ours, sample(naive(model, 2.0, u, heads), **settings))
     differs(ours, sample(model, **settings))
+
+
+@pytest.mark.parametrize("name", ["sd3", "sd35", "flux"])
+@pytest.mark.parametrize("tokens", ["all", "image", "text"])
+def test_the_tokens_of_joint_attention(name, tokens):
+    model = families.shared(name)
+    heads = heads_of(model, SELECTIONS[name])
+    for u in (0.4, 1.0):
+        ours = sample(softpag.apply(model, 2.0, u, 0, 1, 0, heads, tokens=tokens), batch=2)
+        close(ours, sample(naive(model, 2.0, u, heads, tokens), batch=2))
+        if tokens != "all":
+            whole = sample(softpag.apply(model, 2.0, u, 0, 1, 0, heads), batch=2)
+            assert (ours - whole).abs().max() > 1e-3 * whole.abs().max()
+
+
+def reference(model, scale, heads, change):
+    """SoftPAG in a full second pass whose attention is ``change(weights, q, k, v, first image token) -> out``, in float64."""
+    sites = model_sites(model)[1]
+    calls = [(s.name, kind) for s in sites for kind in s.kinds]
+    chosen = dict(heads.chosen)
+    patched = model.clone()
+
+    def guidance(args):
+        number = 0
+
+        def override(func, q, k, v, heads, *rest, **kwargs):
+            nonlocal number
+            name, kind = calls[number % len(calls)]
+            number += 1
+            out = func(q, k, v, heads, *rest, **kwargs).clone()
+            if name not in chosen or kind not in ("self", "joint") or (kind == "self" and name.startswith("joint")):
+                return out
+            if not kwargs.get("skip_reshape"):
+                q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
+            d = q.shape[-1]
+            pixels = -(-args["input"].shape[-2] // 2) * -(-args["input"].shape[-1] // 2)
+            for h in chosen[name]:
+                mine = (q[:, h].double(), k[:, h].double(), v[:, h].double())
+                weights = (mine[0] @ mine[1].mT / d**0.5).softmax(-1)
+                moved = change(weights, *mine, 0 if kind == "self" else q.shape[2] - pixels)
+                out[..., h * d : (h + 1) * d] = moved.to(out.dtype)
+            return out
+
+        options = args["model_options"]
+        options = {
+            **options,
+            "transformer_options": {**options["transformer_options"], "optimized_attention_override": override},
+        }
+        (perturbed,) = comfy.samplers.calc_cond_batch(args["model"], [args["cond"]], args["input"], args["sigma"], options)
+        return args["denoised"] + scale * (args["cond_denoised"] - perturbed)
+
+    patched.set_model_sampler_post_cfg_function(guidance)
+    return patched
+
+
+def _mean_query(weights, q, k, v, first):
+    mean = q.mean(1, keepdim=True).expand_as(q)
+    return (mean @ k.mT / q.shape[-1] ** 0.5).softmax(-1)
+
+
+def _image_sees_no_text(weights, q, k, v, first):
+    out = weights.clone()
+    out[:, first:, :first] = 0
+    return out / out.sum(-1, keepdim=True)
+
+
+def _one_hot(weights, *_):
+    return torch.zeros_like(weights).scatter(-1, weights.argmax(-1, keepdim=True), 1.0)
+
+
+def _square_roots(weights, target, u):
+    mixed = ((1 - u) * weights.sqrt() + u * target.sqrt()) ** 2
+    return mixed / mixed.sum(-1, keepdim=True)
+
+
+MOVES = {
+    ("uniform", "linear"): lambda w, q, k, v, first: 0.4 * w + 0.6 * torch.full_like(w, 1 / w.shape[-1]),
+    ("mean query", "linear"): lambda w, *a: 0.4 * w + 0.6 * _mean_query(w, *a),
+    ("temperature", "linear"): lambda w, *a: 0.4 * w + 0.6 * (w.log() / 0.7).softmax(-1),
+    ("maximum", "linear"): lambda w, *a: 0.4 * w + 0.6 * _one_hot(w),
+    ("image-text mask", "linear"): lambda w, *a: 0.4 * w + 0.6 * _image_sees_no_text(w, *a),
+    ("mean query", "log-linear"): lambda w, *a: (0.4 * w.log() + 0.6 * _mean_query(w, *a).log()).softmax(-1),
+    ("identity", "Fisher-Rao"): lambda w, *a: _square_roots(w, torch.eye(w.shape[-1], dtype=w.dtype).expand_as(w), 0.6),
+}
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
+@pytest.mark.parametrize(("target", "path"), MOVES)
+def test_other_targets_and_paths_in_a_run(name, target, path):
+    model = families.shared(name)
+    heads = heads_of(model, SELECTIONS[name])
+    if name == "sd15" and "-" in target:
+        with pytest.raises(ValueError, match="needs image and text tokens in one attention"):
+            softpag.apply(model, 2.0, 0.6, heads=heads, target=target)
+        return
+    move = MOVES[target, path]
+    ours = sample(softpag.apply(model, 2.0, 0.6, heads=heads, target=target, path=path, temperature=0.7), batch=2)
+    close(ours, sample(reference(model, 2.0, heads, lambda w, q, k, v, first: move(w, q, k, v, first) @ v), batch=2), 1e-3)
+    differs(ours, sample(softpag.apply(model, 2.0, 0.6, heads=heads), batch=2))
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+def test_a_second_head_set_is_a_second_node(name):
+    model = families.shared(name)
+    a, b = (heads_of(model, item) for item in SELECTIONS[name].split(" ")[:2])
+    ours = sample(softpag.apply(model, 2.0, 0.5, rescale=0.3, heads=a, heads_2=b, scale_2=1.0))
+    two = softpag.apply(softpag.apply(model, 2.0, 0.5, rescale=0.3, heads=a), 1.0, 0.5, rescale=0.3, heads=b)
+    close(ours, sample(two), 1e-5)
+    differs(ours, sample(softpag.apply(model, 2.0, 0.5, rescale=0.3, heads=a)))
+    only = sample(softpag.apply(model, 0.0, 0.5, heads=a, heads_2=b, scale_2=1.0))
+    close(only, sample(softpag.apply(model, 1.0, 0.5, heads=b)), 1e-6)
+    off = softpag.apply(model, 0.0, 0.5, heads=a, heads_2=b, scale_2=0.0)
+    assert torch.equal(sample(off), sample(model))
+
+
+def test_automatic_numbers_are_the_familys_own():
+    for name, scale, u in (("sd15", 3.0, 1.0), ("sd3", 3.0, 0.5), ("flux", 8.0, 0.5)):
+        model = families.shared(name)
+        assert torch.equal(sample(softpag.apply(model)), sample(softpag.apply(model, scale, u)))
+
+
+def test_where_to_perturb_by_itself():
+    """A UNet's middle block; the depth of SD3 medium's layer 9, one of its four best in the paper, and never layer 13."""
+    found = {name: layouts.preset(name)["default"] for name in ("sd15", "sdxl", "sd3", "flux")}
+    assert found == {
+        "sd15": "middle.0.0:0-7",
+        "sdxl": " ".join(f"middle.0.{i}:0-19" for i in range(10)),
+        "sd3": "joint.9:0-23",
+        "flux": "single.3:0-23",
+    }
+
+
+def test_choices_that_mean_nothing_are_refused():
+    sd15, sd3 = families.shared("sd15"), families.shared("sd3")
+    for model, choices, words in (
+        (sd15, {"tokens": "text"}, "UNet set tokens to all"),
+        (sd15, {"target": "mean text query"}, "UNet set tokens to all"),
+        (sd3, {"tokens": "text", "target": "mean image query"}, "set tokens to all"),
+        (sd3, {"tokens": "words"}, "no tokens “words”; choose one of all, image, text"),
+        (sd3, {"target": "noise"}, "no target “noise”"),
+        (sd3, {"path": "zigzag"}, "no path “zigzag”"),
+    ):
+        with pytest.raises(ValueError, match=words):
+            softpag.apply(model, **choices)
 
 
 FIRST = [
