@@ -25,7 +25,7 @@ from ...patches.detail.branches import BRANCH, EncodedBranch, SubjectColumns
 from ...patches.detail.encode import encode
 from ...patches.detail.session import FINISH, MASKS_FROM, OPTIMIZE, Settings
 from .shared import speed
-from .shared.pictures import generate, interval, paired, verdicts
+from .shared.pictures import generate, shown_change, shown_share, verdicts
 from .shared.records import recorded
 
 ROWS = dict(zip(OPTIMIZE, ("+ PDI", "+ entropy", "+ centroid"), strict=True))
@@ -162,16 +162,13 @@ def table(captions: Sequence[world.Caption], args: argparse.Namespace) -> None:
             pictures = draw(base, clip, vae, captions, args, Settings(optimize=optimize, **common))
         seconds = (time.perf_counter() - began) / len(captions)
         found = verdicts(pictures, captions)
-        cells = []
+        cells: list[str] = []
         answers = [[all(getattr(v, what)) for v in found] for what in ("present", "colour", "pattern")]
         answers.append([bool(v.background) for v in found if v.background is not None])
         answers.append([v.all_bound for v in found])
-        for each in answers:
-            low, high = interval(sum(each), len(each)) if each else (0.0, 1.0)
-            cells.append(f"{100 * sum(each) / max(len(each), 1):.1f} % ({100 * low:.0f}-{100 * high:.0f})")
+        cells += map(shown_share, answers)
         for other in (before[0], before[-1]) if before else ():
-            mean, low, high = (100 * x for x in paired([v.all_bound for v in other], [v.all_bound for v in found]))
-            cells.append(f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
+            cells.append(shown_change([v.all_bound for v in other], [v.all_bound for v in found]))
         before.append(found)
         print(f"| {name} | {' | '.join(cells)} |{'' if len(before) > 1 else '  |  |'} {seconds:.2f} |", flush=True)
     room = sum(all(v.present) and not v.all_bound for v in before[0])
@@ -205,15 +202,13 @@ def premise(captions: Sequence[world.Caption], args: argparse.Namespace) -> None
     }
     print("\n| prompt | a thing and its details are right |\n|---|---|")
     for name, hits in details.items():
-        low, high = interval(sum(hits), len(hits))
-        print(f"| {name} | {100 * sum(hits) / len(hits):.1f} % ({100 * low:.0f}-{100 * high:.0f}) |")
+        print(f"| {name} | {shown_share(hits)} |")
     print("\n| prompt | every noun is drawn |\n|---|---|")
     for name, readings in (("the whole prompt", whole), ("p1, without details", bare)):
         there = [
             all(any(f.noun == t.noun for f in r.things) for t in c.things) for r, c in zip(readings, captions, strict=True)
         ]
-        low, high = interval(sum(there), len(there))
-        print(f"| {name} | {100 * sum(there) / len(there):.1f} % ({100 * low:.0f}-{100 * high:.0f}) |", flush=True)
+        print(f"| {name} | {shown_share(there)} |", flush=True)
 
 
 def _drawn(reading: Reading, thing: world.Stated) -> bool:

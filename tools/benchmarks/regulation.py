@@ -26,7 +26,7 @@ from ...patches import regulation
 from ...patches.hook.install import model_sites
 from ...patches.hook.sites import select
 from .shared import speed
-from .shared.pictures import generate, interval, paired, verdicts
+from .shared.pictures import generate, shown_change, shown_share, verdicts
 from .shared.records import recorded
 from .shared.speed import PLAIN
 
@@ -124,10 +124,7 @@ def table(captions: Sequence[world.Caption], cfg: float, seed: int, rows: Sequen
         cells = []
         for what in ("all_present", "all_bound"):
             answers, before = ([getattr(v, what) for v in verdicts] for verdicts in (found, known))
-            low, high = interval(sum(answers), len(answers))
-            cells.append(f"{100 * sum(answers) / len(answers):.1f} % ({100 * low:.0f}-{100 * high:.0f})")
-            mean, low, high = (100 * x for x in paired(before, answers))
-            cells.append("" if found is known else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})")
+            cells += [shown_share(answers), "" if found is known else shown_change(before, answers)]
         pixels, features = change(reader, plain, pictures)
         print(f"| {name} | {' | '.join(cells)} | {pixels:.3f} | {features:.3f} | {seconds:.2f} |", flush=True)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from ...demo import model, world
 from ...demo.scorer import DemoScorer
 from ..training.scorer import other, swapped, true
-from .shared.pictures import generate, interval, verdicts
+from .shared.pictures import generate, shown_share, verdicts
 from .shared.records import recorded
 
 NEAR = ("colours swapped", "wrong colour", "wrong pattern", "wrong thing", "thing left out")
@@ -115,11 +115,6 @@ def without_one(scene: world.Scene) -> world.Scene:
     return replace(scene, things=scene.things[1:])
 
 
-def _share(answers: Sequence[bool]) -> str:
-    low, high = interval(sum(answers), len(answers))
-    return f"{100 * sum(answers) / len(answers):.1f} % ({100 * low:.0f}-{100 * high:.0f})"
-
-
 @recorded
 @torch.inference_mode()
 def main(argv: list[str]) -> int:
@@ -144,7 +139,7 @@ def main(argv: list[str]) -> int:
         found = retrieval(scorer.scores(pictures, [c.text for c in captions]), holds)
         lacking = renders([without_one(s) for s in scenes])
         answers = near(scorer, pictures, scenes, lacking if name == "rendered" else vae.decode(vae.encode(lacking)))
-        cells = [f"{100 * share:.1f} %" for share in found] + [_share(answers[kind]) for kind in NEAR]
+        cells = [f"{100 * share:.1f} %" for share in found] + [shown_share(answers[kind]) for kind in NEAR]
         print(f"| {name} | {' | '.join(cells)} |", flush=True)
     if args.drawn:
         wanted = world.prompts("test", args.drawn)

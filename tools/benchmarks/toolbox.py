@@ -27,7 +27,7 @@ from ...patches.hook.sites import Heads
 from ...scoring.scorers import Scorer
 from . import regulation
 from .shared import speed
-from .shared.pictures import generate, paired, verdicts
+from .shared.pictures import generate, shown_change, verdicts
 from .shared.records import recorded
 from .shared.speed import PLAIN
 
@@ -124,11 +124,8 @@ def effect(args: argparse.Namespace) -> None:
         first, seconds = first or found, seconds or took
         cells = []
         for name, percent in (("present", True), ("bound", True), ("clip_t", False)):
-            factor = 100 if percent else 1
             cells.append(f"{100 * statistics.mean(found[name]):.1f} %" if percent else f"{statistics.mean(found[name]):.3f}")
-            mean, low, high = (factor * x for x in paired(first[name], found[name]))
-            form = ".1f" if percent else ".3f"
-            cells.append("" if found is first else f"{mean:+{form}} ({low:+{form}} to {high:+{form}})")
+            cells.append("" if found is first else shown_change(first[name], found[name], percent))
         kept = 100 * statistics.mean(found["diversity"]) / statistics.mean(first["diversity"])
         print(f"| {tool.name} | {' | '.join(cells)} | {kept:.0f} % | {took / seconds:.2f} |", flush=True)
 

@@ -106,6 +106,19 @@ def paired(before: Sequence[float], after: Sequence[float]) -> tuple[float, floa
     return mean, mean - half, mean + half
 
 
+def shown_share(answers: Sequence[bool]) -> str:
+    """A share in per cent with its 95 % interval, as tables have it."""
+    low, high = interval(sum(answers), len(answers)) if answers else (0.0, 1.0)
+    return f"{100 * sum(answers) / max(len(answers), 1):.1f} % ({100 * low:.0f}-{100 * high:.0f})"
+
+
+def shown_change(before: Sequence[float], after: Sequence[float], percent: bool = True) -> str:
+    """`paired` as tables have it: in points of per cent, or as it is."""
+    factor, form = (100, "+.1f") if percent else (1, "+.3f")
+    mean, low, high = (factor * x for x in paired(before, after))
+    return f"{mean:{form}} ({low:{form}} to {high:{form}})"
+
+
 def each_of(found: Sequence[Verdict], what: str) -> list[bool]:
     """One answer per picture: all of its things have it."""
     return [all(getattr(v, what)) for v in found]
@@ -125,13 +138,8 @@ def table(variants: Sequence[Variant], captions: Sequence[world.Caption], seed: 
         pictures = generate(variant.patch(base), clip, vae, [c.text for c in captions], variant.cfg, seed, steps)
         seconds = (time.perf_counter() - began) / len(captions)
         found = results[f"{variant.name} {variant.cfg:g}"] = verdicts(pictures, captions)
-        cells = []
-        for what in ("present", "colour", "pattern", "bound"):
-            hits = sum(each_of(found, what))
-            low, high = interval(hits, len(found))
-            cells.append(f"{100 * hits / len(found):.1f} % ({100 * low:.0f}-{100 * high:.0f})")
+        cells = [shown_share(each_of(found, what)) for what in ("present", "colour", "pattern", "bound")]
         plain = results[first.setdefault(variant.cfg, f"{variant.name} {variant.cfg:g}")]
-        mean, low, high = (100 * x for x in paired(each_of(plain, "bound"), each_of(found, "bound")))
-        change = "" if plain is found else f"{mean:+.1f} ({low:+.1f} to {high:+.1f})"
+        change = "" if plain is found else shown_change(each_of(plain, "bound"), each_of(found, "bound"))
         print(f"| {variant.name} | {variant.cfg:g} | {' | '.join(cells)} | {change} | {seconds:.2f} |", flush=True)
     return results
