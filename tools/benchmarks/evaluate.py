@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 from typing import Any
 
 from safetensors import safe_open
@@ -30,16 +31,27 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--scale", type=float, default=3.0, help="SoftPAG's scale")
     parser.add_argument("--perturbation", type=float, default=1.0)
     parser.add_argument("--heads", default="middle.*.*", help="SoftPAG's head selection")
+    parser.add_argument(
+        "--targets", nargs="+", default=["identity"], metavar="TARGET[:u]", help="SoftPAG's targets, a row each, and how far"
+    )
     parser.add_argument("--keep", action="store_true", help="write the plain model's shares into the weights' metadata")
     args = parser.parse_args(argv)
     captions = world.prompts(args.split, args.prompts, args.things)
 
-    def soft(patched: Any) -> Any:
-        family, sites = model_sites(patched)
-        heads = select(args.heads, sites, family)
-        return softpag.apply(patched, args.scale, args.perturbation, 0.0, 1.0, 0.0, heads)
+    def soft(named: str) -> Variant:
+        target, _, u = named.partition(":")
 
-    variants = [v for cfg in args.cfg for v in (Variant("plain", lambda m: m, cfg), Variant("SoftPAG", soft, cfg))]
+        def patch(patched: Any) -> Any:
+            family, sites = model_sites(patched)
+            heads = select(args.heads, sites, family)
+            return softpag.apply(patched, args.scale, float(u or args.perturbation), heads=heads, target=target)
+
+        return Variant("SoftPAG" if args.targets == ["identity"] else f"SoftPAG, {named}", patch, 1.0)
+
+    softened = [soft(named) for named in args.targets]
+    variants = [
+        v for cfg in args.cfg for v in (Variant("plain", lambda m: m, cfg), *(replace(one, cfg=cfg) for one in softened))
+    ]
     print(
         f"{len(captions)} held-out prompts of {args.things} things ({args.split}), {args.steps} steps, euler, seeds from {args.seed}"
     )

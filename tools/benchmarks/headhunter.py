@@ -34,8 +34,8 @@ from .shared.records import recorded
 
 LIMIT = 0.6
 GPUS = (1, 8, 64)
-# layers, width, heads of a layer, tokens at 1024×1024, forwards of a step's plain part
-LARGE = {"SD3-medium": (24, 1536, 24, 4096 + 333, 2), "FLUX.1-dev": (57, 3072, 24, 4096 + 512, 1)}
+# layers, width, heads of a layer, tokens at 1024×1024 (SD3) and 512×512 (FLUX), steps: as in the paper, which searches without CFG
+LARGE = {"SD3-medium": (24, 1536, 24, 4096 + 333, 20), "FLUX.1-dev": (57, 3072, 24, 1024 + 512, 15)}
 
 
 def one_by_one(engine: Engine, sets: Sequence[HeadSet], images: Sequence[int], batch: bool) -> None:
@@ -209,11 +209,11 @@ def effect(args: argparse.Namespace) -> None:
 def paper(args: argparse.Namespace) -> None:
     """What one round over every head of a large model costs."""
     print(
-        f"One round, {args.paper_images} pictures of 1024×1024 a head, {args.paper_steps} steps, batches of {args.paper_rows} rows, "
-        f"a GPU that does {args.tflops:g} TFLOP/s here (set --tflops to what yours does)."
+        f"One round, {args.paper_images} pictures a head (SD3: 1024×1024, 20 steps; FLUX: 512×512, 15 steps), no CFG, batches of "
+        f"{args.paper_rows} rows, a GPU that does {args.tflops:g} TFLOP/s here (set --tflops to what yours does)."
     )
     print(
-        "A step: the plain forwards of each picture, and the perturbed one from the candidate's own layer on; the steps before"
+        "A step: the plain forward of each picture, and the perturbed one from the candidate's own layer on; the steps before"
     )
     print(f"start_percent ({args.paper_start:g}) once for all.")
     print(
@@ -222,12 +222,12 @@ def paper(args: argparse.Namespace) -> None:
         + " |"
     )
     print("|---" * (5 + len(GPUS)) + "|")
-    for name, (layers, width, heads, tokens, forwards) in LARGE.items():
+    for name, (layers, width, heads, tokens, steps) in LARGE.items():
         block = 24 * width**2 * tokens + 4 * tokens**2 * width  # projections and MLP; both products of attention
         forward = layers * block
         share = statistics.fmean((layers - i) / layers for i in range(layers))  # of the perturbed pass that is left after reuse
-        guided = (1 - args.paper_start) * args.paper_steps * (forwards + share) * forward
-        alike = args.paper_start * args.paper_steps * forwards * forward
+        guided = (1 - args.paper_start) * steps * (1 + share) * forward
+        alike = args.paper_start * steps * forward
         pictures = layers * heads * args.paper_images
         batches = math.ceil(pictures / args.paper_rows)
         cells = []
@@ -262,10 +262,9 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cost-images", type=int, default=4)
     parser.add_argument("--repeat", type=int, default=3, help="timed rounds")
     parser.add_argument("--tflops", type=float, default=300.0, help="of one GPU, as it really does them")
-    parser.add_argument("--paper-images", type=int, default=100)
-    parser.add_argument("--paper-steps", type=int, default=28)
+    parser.add_argument("--paper-images", type=int, default=20)
     parser.add_argument("--paper-rows", type=int, default=16)
-    parser.add_argument("--paper-start", type=float, default=0.2)
+    parser.add_argument("--paper-start", type=float, default=0.0)
     args = parser.parse_args(argv)
     parts = {"cost": cost, "effect": effect, "paper": paper}
     for name in args.parts or parts:
