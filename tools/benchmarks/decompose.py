@@ -91,6 +91,6 @@ def main(argv: list[str]) -> int:
     print("|---" * (1 + len(SPLITS)) + "|")
     found = shares()
     for kind in KINDS:
-        cells = (f"{r} / {n} ({r / n:.0%})" for r, n in (found[kind, split] for split in SPLITS))
+        cells = (f"{r} / {n} ({100 * r / n:.0f} %)" for r, n in (found[kind, split] for split in SPLITS))
         print(f"| {kind} | {' | '.join(cells)} |")
     return 0
