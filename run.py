@@ -16,6 +16,7 @@ COMMANDS = {
     "locales": ("tools.locales", "write the English words of the nodes for the frontend, and check the other languages"),
     "measurements": ("tools.measurements", "write the tables of MEASUREMENTS.md and the README from the benchmarks' results"),
     "architecture": ("tools.architecture", "write the picture of the folders and their imports into CONTRIBUTING.md"),
+    "fuzz": ("tools.robustness.fuzz", "give every node ordinary and hostile inputs, and say which break it"),
     "bench": ("tools.benchmarks.<name>", "run one of the benchmarks, by name"),
 }
 

@@ -29,7 +29,8 @@ def file_name(name: str) -> str:
         ValueError: for a name that is empty, a path, too long, or one that some system keeps for itself.
     """
     name = name.strip()
-    shown = f"“{printable(name)[:60]}{'…' if len(name) > 60 else ''}” cannot be a file's name"
+    letters = "".join(c if c.isprintable() else "?" for c in name[:60])
+    shown = f"“{letters}{'…' if len(name) > 60 else ''}” cannot be a file's name"
     use = "use letters, digits, spaces, - and _."
     if not name or name.startswith(".") or name.endswith(".") or _FORBIDDEN.search(name) or printable(name) != name:
         raise ValueError(f"{shown}; {use}")

@@ -21,13 +21,14 @@ from ..scoring.scorers import Scorer
 
 WHOLE, NUMBER, TEXT, CHOICE, SWITCH = "INT", "FLOAT", "STRING", "COMBO", "BOOLEAN"
 # What an object of a type has, where it is of a class of ComfyUI's that other packs derive from or imitate.
-PARTS = {"MODEL": ("clone", "model_options"), "CLIP": ("tokenize",), "VAE": ("decode",)}
-CLASSES: dict[str, type] = {
-    "ATTUNE_BRANCHES": Branches,
-    "ATTUNE_HEADS": Heads,
-    "ATTUNE_MAPS": Maps,
-    "ATTUNE_SCORER": Scorer,
-    "ATTUNE_WORDS": Words,
+PARTS = {"MODEL": ("clone", "model_options"), "CLIP": ("tokenize", "encode_from_tokens_scheduled"), "VAE": ("decode",)}
+# Our own types: their class, and what must not be empty in it.
+CLASSES: dict[str, tuple[type, str]] = {
+    "ATTUNE_BRANCHES": (Branches, "branches"),
+    "ATTUNE_HEADS": (Heads, "chosen"),
+    "ATTUNE_MAPS": (Maps, ""),
+    "ATTUNE_SCORER": (Scorer, ""),
+    "ATTUNE_WORDS": (Words, "phrases"),
 }
 ABSENT = {
     "CLIP": "there is no text encoder: this checkpoint has none, so load a CLIP on its own",
@@ -42,6 +43,8 @@ class AttuneNode(io.ComfyNode):
     ComfyUI compares widgets with their limits, but NaN passes every comparison, and what comes through a link is not looked at. So
     `execute` begins with `check`, in ComfyUI and from Python alike.
     """
+
+    hidden = io.HiddenHolder.from_dict({})  # from Python: no graph and no node of it
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -94,15 +97,23 @@ def fault(entry: Any, value: Any) -> str | None:
         return _text(name, value)
     if kind == CHOICE:
         listed = ", ".join(map(str, entry.options))
-        fits = isinstance(value, str) and value in entry.options
-        return None if fits else f"there is no {name} {shown(value)}; choose one of: {shortened(listed, 400)}"
+        if isinstance(value, str) and value in entry.options:
+            return None
+        unknown = f"there is no {name} {shown(value)}" if isinstance(value, str) else f"{name} is {shown(value)}"
+        return f"{unknown}; choose one of: {shortened(listed, 400)}"
     if kind == SWITCH:
         return None if isinstance(value, Integral) else f"{name} is {shown(value)}; it must be on or off (true or false)"
     if kind in CHECKS:
         wrong = CHECKS[kind](value)
         return None if wrong is None else f"{name} {wrong}"
-    of_class = isinstance(value, CLASSES.get(kind, object)) and all(hasattr(value, part) for part in PARTS.get(kind, ()))
-    return None if of_class else f"{name} is {shown(value)} and no {kind}; connect a node that gives one"
+    of, content = CLASSES.get(kind, (object, ""))
+    if not isinstance(value, of) or not all(hasattr(value, part) for part in PARTS.get(kind, ())):
+        return f"{name} is {shown(value)} and no {kind}; connect a node that gives one"
+    return (
+        None
+        if not content or getattr(value, content)
+        else f"{name} has no {content} in it; choose some in the node that gives it"
+    )
 
 
 def _number(entry: Any, kind: str, value: Any) -> str | None:
@@ -165,7 +176,7 @@ def _latent(value: Any) -> str | None:
 
 def _conditioning(value: Any) -> str | None:
     pairs = value if isinstance(value, (list, tuple)) else ()
-    wrong: str | None = None if pairs else f"is {shown(value)} without a prompt in it"
+    wrong = None if pairs else "holds no prompt" if value == [] else f"is {shown(value)}"
     for pair in pairs:
         if not (isinstance(pair, (list, tuple)) and len(pair) == 2 and isinstance(pair[1], dict)):
             wrong = wrong or f"holds {shown(pair)}, which is no pair of an encoded text and its options"

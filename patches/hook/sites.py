@@ -70,6 +70,12 @@ def _ranges(numbers: Iterable[int]) -> str:
     return ",".join(str(a) if a == b else f"{a}-{b}" for a, b in runs)
 
 
+def _short(text: str) -> str:
+    """A part of a selection in a sentence."""
+    shown = "".join(c if c.isprintable() else "?" for c in text[:60])
+    return shown if len(text) <= 60 else f"{shown}…"
+
+
 def _numbers(text: str, count: int, item: str) -> list[int]:
     """``*``, ``3``, ``0-3`` and ``1,5,7-9`` as numbers below ``count``."""
     out: set[int] = set()
@@ -77,12 +83,12 @@ def _numbers(text: str, count: int, item: str) -> list[int]:
         if part == "*":
             out.update(range(count))
             continue
-        match = re.fullmatch(r"(\d+)(?:-(\d+))?", part)
+        match = re.fullmatch(r"(\d{1,9})(?:-(\d{1,9}))?", part)  # Python reads no number of thousands of digits
         if not match:
-            raise ValueError(f"“{part}” in “{item}” is not a number, a range like 0-3, or *")
+            raise ValueError(f"“{_short(part)}” in “{_short(item)}” is not a number, a range like 0-3, or *")
         first, last = int(match[1]), int(match[2] or match[1])
         if last < first:
-            raise ValueError(f"the range “{part}” in “{item}” runs backwards")
+            raise ValueError(f"the range “{_short(part)}” in “{_short(item)}” runs backwards")
         out.update(
             [*range(first, min(last, count) + 1), *([first] if first > count else [])]
         )  # the caller says what is too high
@@ -129,17 +135,19 @@ def select(selection: str, model_sites: tuple[Site, ...], model_family: str) -> 
             layers = _numbers(paper["layers"], len(model_sites), item)
             missing = [n for n in layers if n >= len(model_sites)]
             if missing:
-                raise ValueError(f"there is no layer L{missing[0]} (in “{item}”). {has}")
+                raise ValueError(f"there is no layer L{missing[0]} (in “{_short(item)}”). {has}")
             chosen, heads = [model_sites[n] for n in layers], paper["heads"] or "*"
         else:
             pattern, _, heads = item.partition(":")
             chosen, heads = [s for s in model_sites if _matches(pattern, s.name)], heads or "*"
             if not chosen:
-                raise ValueError(f"no site is called “{pattern}” (in “{item}”). {has}")
+                raise ValueError(f"no site is called “{_short(pattern)}” (in “{_short(item)}”). {has}")
         for site in chosen:
             numbers = _numbers(heads, site.heads, item)
             if any(n >= site.heads for n in numbers):
-                raise ValueError(f"{site.name} has heads 0 to {site.heads - 1}, not {max(numbers)} (in “{item}”). {has}")
+                raise ValueError(
+                    f"{site.name} has heads 0 to {site.heads - 1}, not {max(numbers)} (in “{_short(item)}”). {has}"
+                )
             wanted.setdefault(site.name, set()).update(numbers)
     if not wanted:
         raise ValueError("the head selection is empty: write for example “middle.*.*” or “L8H3 L9H0-4”")

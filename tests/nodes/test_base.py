@@ -10,6 +10,7 @@ from comfy_api.latest import io
 
 from attune.nodes import Attune
 from attune.nodes.base import AttuneNode, check
+from attune.patches.hook.sites import Heads
 
 NODES = asyncio.run(Attune().get_node_list())
 HUGE = 10**5000
@@ -57,6 +58,7 @@ def test_a_value_is_checked_however_it_is_given():
             call()
     assert Example.calls == before
     assert Example.execute(None, 2.0).args == (4.0,)
+    assert Example.hidden.unique_id is None and Example.hidden.prompt is None
 
 
 def test_the_classes_that_comfyui_derives_check_once_and_keep_the_signature():
@@ -81,13 +83,14 @@ def test_the_classes_that_comfyui_derives_check_once_and_keep_the_signature():
         (io.String.Input("x"), 3, "x is 3; it must be a text"),
         (io.String.Input("x"), "ab\ud800", "half a character at place 3"),
         (io.Combo.Input("x", options=["a", "b"]), "c\ud800", "there is no x “c?”; choose one of: a, b"),
-        (io.Combo.Input("x", options=["a", "b"]), ["a"], "there is no x a list"),
+        (io.Combo.Input("x", options=["a", "b"]), ["a"], "x is a list; choose one of: a, b"),
         (io.Boolean.Input("x"), "yes", "x is “yes”; it must be on or off"),
         (io.Clip.Input("clip"), None, "clip: there is no text encoder"),
         (io.Vae.Input("vae"), None, "vae: there is no VAE"),
         (io.Model.Input("model"), None, "model: there is no diffusion model"),
         (io.Model.Input("model"), torch.zeros(1), "model is a tensor of float32 and no MODEL"),
         (io.Custom("ATTUNE_WORDS").Input("words"), "cat", "words is “cat” and no ATTUNE_WORDS"),
+        (io.Custom("ATTUNE_HEADS").Input("heads"), Heads("unet", ()), "heads has no chosen in it"),
         (io.Image.Input("image"), torch.zeros(1, 4, 4, 2), "has 2 channels"),
         (io.Image.Input("image"), torch.zeros(0, 4, 4, 3), r"has the shape [0, 4, 4, 3] and not [B, H, W, C]"),
         (io.Image.Input("image"), torch.full((1, 4, 4, 3), math.nan), "not finite numbers"),
@@ -97,7 +100,7 @@ def test_the_classes_that_comfyui_derives_check_once_and_keep_the_signature():
         (io.Latent.Input("samples"), {"samples": torch.zeros(0, 4, 8, 8)}, "has the shape [0, 4, 8, 8]"),
         (io.Latent.Input("samples"), {}, "samples is a NoneType"),
         (io.Latent.Input("samples"), torch.zeros(1, 4, 8, 8), "samples is a tensor of float32"),
-        (io.Conditioning.Input("positive"), [], "positive is a list without a prompt in it"),
+        (io.Conditioning.Input("positive"), [], "positive holds no prompt"),
         (io.Conditioning.Input("positive"), [torch.zeros(1, 2, 3)], "no pair of an encoded text and its options"),
         (io.Conditioning.Input("positive"), [[torch.zeros(2, 3), {}]], r"has the shape [2, 3] and not [B, N, C]"),
         (io.Conditioning.Input("positive"), [[None, {}]], "positive is a NoneType"),
