@@ -258,7 +258,7 @@ class Picker {
     const count = this.chosen.reduce((sum, row) => sum + row.reduce((a, b) => a + b, 0), 0)
     const scored = this.heat()
     let line = this.named
-      ? `${count} heads of the preset ${this.named}; set preset to ${OWN} to choose others`
+      ? `${count} head${count === 1 ? "" : "s"} of the preset ${this.named}; set preset to ${OWN} to choose others`
       : this.fixed
         ? "The selection comes from a connected text."
         : `${count} of ${total} heads in ${this.layers?.length ?? 0} layers`

@@ -308,6 +308,24 @@ def test_1368_heads_without_a_model(editor):
     assert drawn <= 1368  # once a move, however many heads
 
 
+def test_a_preset_of_the_papers_heads_is_shown_and_not_written(editor):
+    heads(editor, model=False)
+    editor.page.locator(".attune-heads select").select_option("flux")
+    status = editor.page.locator(".attune-heads .attune-status")
+    none = editor.page.locator(".attune-heads").get_by_role("button", name="none", exact=True)
+    for name, words in (
+        ("flux_cool", "1 head of the preset flux_cool; set preset to selection to choose others"),
+        ("flux_quality", "24 heads of the preset flux_quality; set preset to selection to choose others"),
+        ("sd3_dark", "The preset sd3_dark is for another model."),
+    ):
+        editor("(name) => { t.app.graph.nodes[0].widgets.find((w) => w.name === 'preset').value = name }", name)
+        editor.wait("(words) => document.querySelector('.attune-heads .attune-status').textContent === words", words)
+        assert none.is_disabled() and selection(editor) == "middle.*.*"
+    editor("() => { t.app.graph.nodes[0].widgets.find((w) => w.name === 'preset').value = 'selection' }")
+    editor.wait("() => !document.querySelector('.attune-heads .attune-status').textContent.includes('preset')")
+    assert none.is_enabled() and "middle" in status.inner_text()
+
+
 def test_scores_colour_the_heads(editor):
     heads(editor)
     pixel = """() => { const c = document.querySelector(".attune-heads canvas"), g = JSON.parse(c.dataset.geometry), k = c.width / g.width
