@@ -52,6 +52,14 @@ def resize(maps: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(maps, size=size, mode="bilinear", align_corners=False)
 
 
+def added(total: Tensor | None, maps: Tensor) -> Tensor:
+    """A running sum of maps ``[B, n, h, w]``, whose size may change from layer to layer and from step to step: at the larger size."""
+    if total is None:
+        return maps
+    size = (max(total.shape[-2], maps.shape[-2]), max(total.shape[-1], maps.shape[-1]))
+    return sum(m if m.shape[-2:] == size else resize(m, size) for m in (total, maps))  # type: ignore[return-value]
+
+
 def minmax(maps: Tensor) -> Tensor:
     """Each map ``[..., h, w]`` over its own range: least 0, most 1; one that is the same everywhere is 0."""
     low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)

@@ -18,8 +18,9 @@ import comfy.samplers
 import torch
 from torch import Tensor
 
-from ...methods.detail import step_length
+from ...methods.detail import EARLY, most_updates, step_length, threshold_at
 from ..hook.install import REQUESTS
+from ..hook.tensors import index_or_slice
 from ..samplers import HISTORY, NONE, SAMPLERS, evaluations, noise_sampler
 from .gradient import gradient
 from .guider import Guider
@@ -70,19 +71,28 @@ class Blending:
         return denoised
 
     def _optimise(self, x: Tensor, sigma: Tensor, step: int, kwargs: Mapping[str, Any]) -> None:
-        """Move the base's latents down the gradient of their maps' loss (equation 9), in place."""
-        settings = self.session.settings
-        if settings.optimize == OPTIMIZE[0] or step >= settings.optimize_steps:
+        """Move the base's latents down the gradient of their maps' loss (equation 9), in place, each until its loss is small enough."""
+        session = self.session
+        settings = session.settings
+        if settings.optimize == OPTIMIZE[0] or step >= settings.optimize_steps or settings.step_size == 0:
             return
-        comfy.model_management.throw_exception_if_processing_interrupted()
-        base = slice(0, self.session.pictures)
-        found = gradient(self.session, self.guider, self.model, x[base], sigma[base], kwargs)
-        if found is None:
-            return
+        sampling = self.inner_model.inner_model.model_sampling
         # The paper's latents are those of the network's scale: there x is divided by c, and so the way back has it twice.
-        scale = 1 / float(self.inner_model.inner_model.model_sampling.calculate_input(sigma[:1], x.new_ones(1, 1, 1, 1)))
-        length = step_length(step, settings.optimize_steps, settings.step_size, x[0].numel())
-        x[base] -= length * scale**2 * found
+        scale = 1 / float(sampling.calculate_input(sigma[:1], x.new_ones(1, 1, 1, 1)))
+        length = step_length(step, self.steps[-1] + 1, settings.step_size, x[0].numel()) * scale**2
+        early = float(sigma[0]) > float(sampling.percent_to_sigma(EARLY))
+        pictures = list(range(session.pictures))
+        for _ in range(most_updates(early)):
+            comfy.model_management.throw_exception_if_processing_interrupted()
+            found = gradient(self.session, self.guider, self.model, x, sigma, pictures, kwargs)
+            if found is None:
+                return
+            losses, by_z = found
+            x[index_or_slice(pictures, x.device)] -= length * by_z
+            session.updates += len(pictures)
+            pictures = [p for p, loss in zip(pictures, losses.tolist(), strict=True) if loss >= threshold_at(step)]
+            if not pictures:
+                return
 
 
 def with_branches(own: Any, name: str, session: Session, guider: Guider) -> comfy.samplers.KSAMPLER:

@@ -6,7 +6,7 @@ Rows of every batch are branch by branch, ``[branch 0's pictures, branch 1's pic
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,7 @@ class EncodedBranch:
         tokens: columns of its prompt.
         subjects: whose regions its details go to; none is the whole picture.
         name: of its subjects, for people.
+        content: columns of the prompt itself, without start, end and padding; known where another branch's subject is in this prompt.
     """
 
     index: int
@@ -59,6 +60,7 @@ class EncodedBranch:
     tokens: int
     subjects: tuple[SubjectColumns, ...] = ()
     name: str = ""
+    content: Columns = ()
 
 
 # --- many branches, one batch -------------------------------------------------------------------------------------------
@@ -147,15 +149,37 @@ def merged(branches: Sequence[Any], pictures: int) -> Any:
 
 @dataclass(frozen=True)
 class ReadSubject:
-    """A subject's map: the branch to look at, and which of the columns that are read are its own (``count`` in each copy of the prompt)."""
+    """A subject's map: where it is read.
+
+    Attributes:
+        branch: the one to look at.
+        places: of its columns among those that are read, ``count`` of them in each copy of the prompt.
+        name: the same for the same subject in several branches.
+    """
 
     branch: int
     places: tuple[int, ...]
     count: int
+    name: tuple[int, Columns]
 
     def map(self, weights: Tensor) -> Tensor:
         """The mean over the subject's columns of weights ``[..., columns that are read]``."""
         return weights[..., list(self.places)].sum(dim=-1) / self.count
+
+
+@dataclass(frozen=True)
+class BaseTokens:
+    """What the optimisation reads: the tokens of the base's prompt, and which of these are each subject's.
+
+    Attributes:
+        prompt_columns: of the base's own prompt.
+        columns: of its tokens, without start, end and padding.
+        subjects: places among ``columns``; every subject that is in this prompt, once.
+    """
+
+    prompt_columns: int
+    columns: Columns
+    subjects: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True)
@@ -164,15 +188,15 @@ class ReadPlan:
 
     Attributes:
         prompt_columns: of the merged prompt.
-        columns: those that are read.
+        columns: those that are read for masks.
         subjects: of each branch, where its masks come from.
-        base: every subject that the base's prompt has, for the optimisation.
+        base: for the optimisation.
     """
 
     prompt_columns: int
     columns: Columns
     subjects: tuple[tuple[ReadSubject, ...], ...]
-    base: tuple[ReadSubject, ...]
+    base: BaseTokens
 
     @classmethod
     def of(cls, conditioning: Any, where: str) -> ReadPlan:
@@ -182,15 +206,30 @@ class ReadPlan:
         length = context.shape[1]
         known: dict[int, int] = {}
 
-        def read(branch: int, columns: Columns) -> ReadSubject:
+        def read(index: int, subject: SubjectColumns) -> ReadSubject:
+            branch, columns = subject.place(index, where)
             own = branches[branch][1]
             copies = [c + k for k in range(0, length, own) for c in columns]
-            return ReadSubject(branch, tuple(known.setdefault(c, len(known)) for c in copies), len(columns))
+            places = tuple(known.setdefault(c, len(known)) for c in copies)
+            name = (index, subject.own) if subject.base is None else (0, subject.base)
+            return ReadSubject(branch, places, len(columns), name)
 
-        subjects = tuple(tuple(read(*s.place(b.index, where)) for s in b.subjects) for b, _ in branches)
+        subjects = tuple(tuple(read(b.index, s) for s in b.subjects) for b, _ in branches)
+        first, prompt_columns = branches[0]
+        place = {column: i for i, column in enumerate(first.content)}
         in_base = dict.fromkeys(s.base for b, _ in branches for s in b.subjects if s.base is not None)
-        base = tuple(read(0, columns) for columns in in_base)
-        return cls(length, tuple(known), subjects, base)
+        base = tuple(tuple(place[c] for c in columns) for columns in in_base if place.keys() >= set(columns))
+        return cls(length, tuple(known), subjects, BaseTokens(prompt_columns, first.content, base))
+
+    def by_branch(self, now: range) -> Iterator[tuple[int, list[tuple[int, int]], list[ReadSubject]]]:
+        """The branches of ``now`` that are looked at, each with its subjects: whose they are (branch and number there), and where."""
+        found: dict[int, list[tuple[int, int]]] = {}
+        for branch, subjects in enumerate(self.subjects):
+            for number, subject in enumerate(subjects):
+                if subject.branch in now:
+                    found.setdefault(subject.branch, []).append((branch, number))
+        for looked_at, keys in found.items():
+            yield looked_at, keys, [self.subjects[branch][number] for branch, number in keys]
 
 
 # --- parts of a batch ---------------------------------------------------------------------------------------------------
@@ -201,9 +240,9 @@ def own_name(uuid: Any) -> Any:
     return uuid[0] if isinstance(uuid, tuple) else uuid
 
 
-def rows_of(cond: Mapping[str, Any], total: int, rows: slice) -> dict[str, Any]:
-    """Some rows of a conditioning that ComfyUI has prepared for ``total`` of them."""
-    out = {**cond, "uuid": (cond["uuid"], rows.start)}
+def rows_of(cond: Mapping[str, Any], total: int, rows: slice | Tensor, part: int) -> dict[str, Any]:
+    """Some rows of a conditioning that ComfyUI has prepared for ``total`` of them; ``part`` is in its name."""
+    out = {**cond, "uuid": (cond["uuid"], part)}
     for name in ROWS:
         if isinstance(out.get(name), Tensor) and out[name].shape[0] == total:
             out[name] = out[name][rows]

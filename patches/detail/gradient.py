@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.samplers
@@ -16,11 +16,13 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
 from torch.utils.checkpoint import checkpoint
 
-from ...methods.detail import objective
+from ...methods.detail import objective, subject_maps
+from ...methods.maps import added
 from ..hook.call import AttentionCall
 from ..hook.families import family_of
 from ..hook.install import REQUESTS
 from ..hook.run import ExtraForward, with_extra_forward
+from ..hook.tensors import index_or_slice
 from .branches import rows_of
 from .guider import Guider
 from .session import OPTIMIZE, Session
@@ -31,10 +33,15 @@ class _EnoughError(Exception):
 
 
 class OutsideInference(TorchFunctionMode):
-    """Autograd takes no tensors made in inference mode, as ComfyUI's weights are: it gets normal ones that share their memory."""
+    """Autograd takes no tensors made in inference mode, as ComfyUI's weights are: it gets normal ones that share their memory.
+
+    ``h += c``, as ComfyUI adds ControlNet's residuals, makes a new tensor here: the old one is wanted when gradients come back.
+    """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         args, kwargs = tree_map_only(Tensor, _outside_inference, (args, kwargs or {}))
+        if func is Tensor.__iadd__:
+            return torch.add(*args, **kwargs).to(args[0].dtype)
         return func(*args, **kwargs)
 
 
@@ -88,62 +95,100 @@ def _with_backward(kernel: Callable[..., Tensor], *args: Any, **kwargs: Any) -> 
     return attention_pytorch(*args, **kwargs)
 
 
-def gradient(
-    session: Session, guider: Guider, model: Any, x: Tensor, sigma: Tensor, kwargs: Mapping[str, Any]
-) -> Tensor | None:
-    """Gradient of the loss of the base's maps by its latents ``x [B, c, H, W]``; None where the base has none of the subjects.
+def _on_copies(patch: Callable[..., Any]) -> Callable[..., Any]:
+    """Another node's patch, which may write into what it is given (FreeU does) and into what autograd keeps for its own steps."""
 
-    The forward stops at the last layer that feeds a map. It is a pass of its own: no other method reads, edits or records in it.
+    def on_copies(*args: Any, **kwargs: Any) -> Any:
+        with torch.autograd.graph.saved_tensors_hooks(lambda t: t.clone(), lambda t: t):
+            return patch(*(a.clone() if isinstance(a, Tensor) else a for a in args), **kwargs)
+
+    return on_copies
+
+
+def gradient(
+    session: Session, guider: Guider, model: Any, x: Tensor, sigma: Tensor, pictures: Sequence[int], kwargs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor] | None:
+    """The loss of the base's maps, and its gradient by the base's latents; None where its prompt has none of the subjects.
+
+    The forward stops at the last layer that feeds a map. It is a pass of its own: no other method reads, edits or records in it. Nothing
+    of it is left when it has failed.
 
     Args:
         model: ComfyUI's, which knows the picture under a noise mask.
-        kwargs: what the sampler calls it with.
+        x, sigma: latents ``[rows, c, H, W]`` and noise levels ``[rows]`` of all branches.
+        pictures: which of the base's.
+        kwargs: what the sampler calls the model with.
+
+    Returns:
+        ``[pictures]`` and ``[pictures, c, H, W]``; a gradient that is not finite is 0, with a loss of 0.
     """
-    found = next(((uuid, plan) for uuid, plan in session.prompts.items() if plan.base), None)
+    found = next(((uuid, plan) for uuid, plan in session.prompts.items() if plan.base.subjects), None)
     if found is None:
         return None
     uuid, plan = found
-    rows = slice(0, session.pictures)
-    base = guider.inner_model
     total = session.total * session.pictures
-    cond = next(rows_of(c, total, rows) for c in guider.conds["positive"] if c["uuid"] == uuid)
-    last = session.read_at[-1]
-    maps: list[Tensor] = []
-    done = False
-
-    def read(call: AttentionCall, weights: Tensor) -> None:
-        part = torch.stack([subject.map(weights) for subject in plan.base], dim=1)
-        if not done:  # a checkpointed layer comes here once more, and must do the same up to this line
-            maps.append(part.unflatten(-1, (call.height, call.width)))
-            if call.site.name == last.name:
-                raise _EnoughError
-
+    rows = index_or_slice(pictures, x.device)
+    cond = next(rows_of(c, total, rows, part=0) for c in guider.conds["positive"] if c["uuid"] == uuid)
+    reading = _Reading(session.read_at[-1].name)
     options = kwargs["model_options"]
-    asked = {**options.get("transformer_options", {}), REQUESTS: (), "optimized_attention_override": _with_backward}
+    asked = options.get("transformer_options", {})
+    patches = {name: [_on_copies(p) for p in held] for name, held in asked.get("patches", {}).items()}
+    asked = {**asked, REQUESTS: (), "patches": patches, "optimized_attention_override": _with_backward}
     options = {**options, "transformer_options": asked}
-    options = with_extra_forward(options, ExtraForward((session.reader(plan, read),)))
-    with torch.inference_mode(False), torch.enable_grad(), OutsideInference():
-        z = x.clone().requires_grad_()
-        sigma = sigma.clone()
-        seen = z
-        mask = kwargs.get("denoise_mask")
-        if mask is not None:
-            if "denoise_mask_function" in options:
-                mask = options["denoise_mask_function"](
-                    sigma, mask, extra_options={"model": model.inner_model, "sigmas": model.sigmas}
-                )
-            mask = mask[rows].clone()
-            known = base.scale_latent_inpaint(x=z, sigma=sigma, noise=model.noise[rows], latent_image=model.latent_image[rows])
-            seen = z * mask + known * (1 - mask)
-        with contextlib.suppress(_EnoughError), checkpointed(base.diffusion_model, last.block):
-            comfy.samplers.calc_cond_batch(base, [[cond]], seen, sigma, options)
-        done = True
-        if not maps:
-            return None  # outside the prompt's timesteps
-        loss = objective(torch.stack(maps).mean(dim=0), session.settings.optimize == OPTIMIZE[2], released=True).sum()
-        lift = 2.0**8 if base.get_dtype() == torch.float16 else 1.0  # small gradients of half precision are zero
-        (found_gradient,) = torch.autograd.grad(loss * lift, z)
-    if not bool(found_gradient.isfinite().all()):
-        logging.warning("Attune: Detail++ skips an optimisation step whose gradient is not finite.")
-        return None
-    return found_gradient / lift
+    reader = session.reader(plan.base.columns, plan.base.prompt_columns, reading.read)
+    options = with_extra_forward(options, ExtraForward((reader,)))
+    try:
+        with torch.inference_mode(False), torch.enable_grad(), OutsideInference():
+            z = x[rows].clone().requires_grad_()
+            seen = _under_noise_mask(
+                guider.inner_model, model, z, sigma[rows].clone(), rows, {**kwargs, "model_options": options}
+            )
+            with contextlib.suppress(_EnoughError), checkpointed(guider.inner_model.diffusion_model, session.read_at[-1].block):
+                comfy.samplers.calc_cond_batch(guider.inner_model, [[cond]], seen, sigma[rows].clone(), options)
+            reading.done = True
+            if reading.total is None:
+                return None  # outside the prompt's timesteps
+            attention = (reading.total / reading.layers).movedim(1, -1).float()
+            losses = objective(subject_maps(attention, plan.base.subjects), session.settings.optimize == OPTIMIZE[2])
+            lift = (
+                2.0**8 if guider.inner_model.get_dtype() == torch.float16 else 1.0
+            )  # small gradients of half precision are zero
+            (by_z,) = torch.autograd.grad(losses.sum() * lift, z)
+    finally:
+        # Layers that are computed again hold the options, these the reader, and that the maps, whose graph holds the layers.
+        reading.total = None
+    finite = by_z.flatten(1).isfinite().all(dim=1) & losses.isfinite()
+    by_z = torch.where(finite[:, None, None, None], by_z / lift, torch.zeros_like(by_z))
+    return torch.where(finite, losses.detach(), torch.zeros_like(losses)), by_z
+
+
+@dataclass
+class _Reading:
+    """The tokens' maps ``[B, N, h, w]`` of a pass, summed over its layers, up to the one named ``last``."""
+
+    last: str
+    total: Tensor | None = None
+    layers: int = 0
+    done: bool = False
+
+    def read(self, call: AttentionCall, weights: Tensor) -> None:
+        maps = weights.transpose(1, 2).unflatten(2, (call.height, call.width))
+        if self.done:  # a checkpointed layer comes here once more, and must do the same up to this line
+            return
+        self.total = added(self.total, maps)
+        self.layers += 1
+        if call.site.name == self.last:
+            raise _EnoughError
+
+
+def _under_noise_mask(base: Any, model: Any, z: Tensor, sigma: Tensor, rows: Any, kwargs: Mapping[str, Any]) -> Tensor:
+    """What ComfyUI shows the network of latents ``z`` under a noise mask: the known picture outside of it."""
+    mask = kwargs.get("denoise_mask")
+    if mask is None:
+        return z
+    options = kwargs["model_options"]
+    if "denoise_mask_function" in options:
+        mask = options["denoise_mask_function"](sigma, mask, extra_options={"model": model.inner_model, "sigmas": model.sigmas})
+    mask = mask[rows].clone()
+    known = base.scale_latent_inpaint(x=z, sigma=sigma, noise=model.noise[rows], latent_image=model.latent_image[rows])
+    return z * mask + known * (1 - mask)

@@ -85,5 +85,5 @@ class Guider(comfy.samplers.CFGGuider):
         """A role's conditionings for some rows, under names of their own: methods that keep state by name keep one for each part."""
         key = (role, range(rows.start, rows.stop))
         if key not in self.parts:
-            self.parts[key] = [rows_of(cond, total, rows) for cond in self.conds[role]]
+            self.parts[key] = [rows_of(cond, total, rows, part=rows.start) for cond in self.conds[role]]
         return self.parts[key]

@@ -7,24 +7,26 @@ Equations are in `methods.detail`: maps are read and summed here, masks are `sub
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
-from ...methods.detail import accumulate, subject_masks
+from ...methods.detail import accumulate, exclusive_masks, subject_masks
+from ...methods.maps import added
+from ...methods.scfg import layer_maps
 from ..hook.call import AttentionCall
 from ..hook.requests import COND, MapSource, ReadWeights, Request, ShareMap
 from ..hook.sites import Site
 from ..observer import NOBODY, Observer
-from .branches import BASE, BEFORE, OWN, ReadPlan, own_name
+from .branches import BASE, BEFORE, OWN, Columns, ReadPlan, own_name
 
 OPTIMIZE = ("off", "entropy", "entropy + centroid")
 FINISH = ("last branch", "whole prompt")
+MASKS = ("published", "exclusive")
 RELEASED = "released"
 MASKS_FROM = (RELEASED, BASE, BEFORE, OWN)
 STRIDE = 4  # latent pixels per token where subjects are looked for, and from where on the layout is shared
@@ -36,6 +38,7 @@ Area = tuple[int, int, int, int]  # height, width, y, x in latent pixels
 class Settings:
     """The sampler's numbers, as the node has them; ``share_max_tokens`` 0 and ``branches_at_once`` 0 are automatic.
 
+    ``masks``: “published” (equation 3), or “exclusive”: subjects compete for pixels, with maps as S-CFG has them.
     ``masks_from``: whose attention shows where a subject is: the base's, that of the branch before, or of the branch that adds the detail
     (the paper: “a sub-prompt”). The released code takes the base's where it optimises it, else that of the branch before.
     """
@@ -43,11 +46,12 @@ class Settings:
     share_until: float = 0.8
     share_max_tokens: int = 0
     mask_threshold: float = 0.5
-    optimize: str = OPTIMIZE[0]
+    optimize: str = OPTIMIZE[2]
     optimize_steps: int = 6
     step_size: float = 1.0
     branches_at_once: int = 0
     finish: str = FINISH[0]
+    masks: str = MASKS[0]
     masks_from: str = RELEASED
 
     @property
@@ -62,6 +66,7 @@ class Settings:
         for name, value, choices in (
             ("optimize", self.optimize, OPTIMIZE),
             ("finish", self.finish, FINISH),
+            ("masks", self.masks, MASKS),
             ("masks_from", self.masks_from, MASKS_FROM),
         ):
             if value not in choices:
@@ -99,10 +104,12 @@ class Session:
         names: of the branches with a subject, for the ``observer``.
         prompts: what is read of each merged conditioning, by the name that ComfyUI gave it.
         now: the branches in the forward that is going on; ``reading``: whether its maps count.
-        sums: maps ``[B, h, w]`` of the steps so far, by conditioning, branch and subject.
+        sums: maps ``[B, 1, h, w]`` of the steps so far, by conditioning, branch and subject.
+        pixels: the base's self-attention ``[B, M, M]`` of this forward, by conditioning and site, for exclusive masks.
         seen: conditionings and sites of this step that were read.
         kept: q and k of the base's rows, for the branches of later forwards of the same step.
         masks: those of the last step that was read, ``[n, B, 1, H, W]``.
+        updates: of single pictures' latents by the optimisation so far.
     """
 
     settings: Settings
@@ -118,25 +125,36 @@ class Session:
     now: range = field(init=False)
     reading: bool = False
     sums: dict[tuple[Any, int, int], Tensor] = field(default_factory=dict)
+    pixels: dict[tuple[Any, str], Tensor] = field(default_factory=dict)
     seen: set[Any] = field(default_factory=set)
     kept: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     masks: Tensor | None = None
+    updates: int = 0
 
     def __post_init__(self) -> None:
         self.now = range(self.total)
 
     # --- what is asked of attention ---
 
+    @property
+    def exclusive(self) -> bool:
+        return self.settings.masks == MASKS[1]
+
     def requests(self) -> tuple[Request, ...]:
         """Of a forward in the steps that share."""
-        share = ShareMap({(s.name, "self"): None for s in self.share_at}, self.share)
-        reads = [self.reader(p, partial(self.read, p)) for p in self.prompts.values() if self.reading and p.columns]
-        return (*([share] if self.share_at else []), *reads)
+        out: list[Request] = []
+        if self.share_at:
+            out.append(ShareMap({(s.name, "self"): None for s in self.share_at}, self.share))
+        plans = [plan for plan in self.prompts.values() if self.reading and plan.columns]
+        if plans and self.exclusive:
+            pixels = {(s.name, "self"): None for s in self.read_at}
+            out.append(ReadWeights(pixels, self.read_pixels, rows=COND, mean_heads=True))
+        return (*out, *(self.reader(plan.columns, plan.prompt_columns, partial(self.read, plan)) for plan in plans))
 
-    def reader(self, plan: ReadPlan, act: Callable[[AttentionCall, Tensor], None]) -> Request:
-        """A look at the subjects' columns, heads averaged, in a forward of conditional rows."""
+    def reader(self, columns: Columns, prompt_columns: int, act: Callable[[AttentionCall, Tensor], None]) -> Request:
+        """A look at some columns of a prompt, heads averaged, in a forward of conditional rows."""
         where: dict[tuple[str, str], None] = {(s.name, "cross"): None for s in self.read_at}
-        return ReadWeights(where, act, rows=COND, columns=plan.columns, mean_heads=True, prompt_columns=plan.prompt_columns)
+        return ReadWeights(where, act, rows=COND, columns=columns, mean_heads=True, prompt_columns=prompt_columns)
 
     def share(self, call: AttentionCall) -> MapSource:
         """Conditional rows use the base's map of their picture (algorithm 1, line 4)."""
@@ -170,21 +188,30 @@ class Session:
         more = (torch.cat([q for q, _ in kept]), torch.cat([k for _, k in kept])) if kept else None
         return MapSource(rows, more, tuple(keep), listen if keep else None)
 
+    def read_pixels(self, call: AttentionCall, weights: Tensor) -> None:
+        """Remember the base's self-attention ``[rows, M, M]`` in one layer: all branches share it."""
+        if self.now.start == 0 and call.height > 1:  # tokens that another pack regroups are said to be a row
+            for chunk in call.parts(COND):
+                start = chunk.given.start
+                self.pixels.setdefault((own_name(chunk.uuid), call.site.name), weights[start : start + self.pictures])
+
     def read(self, plan: ReadPlan, call: AttentionCall, weights: Tensor) -> None:
         """Add the subjects' maps ``[rows, M, T]`` of one layer to those so far."""
         for chunk in call.parts(COND):
-            uuid, start = chunk.uuid, chunk.given.start
-            if self.prompts.get(own_name(uuid)) is not plan or (uuid, call.site.name) in self.seen:
+            uuid, start, name = chunk.uuid, chunk.given.start, own_name(chunk.uuid)
+            if self.prompts.get(name) is not plan or (uuid, call.site.name) in self.seen:
                 continue  # another prompt, or another pack that runs this one again
             self.seen.add((uuid, call.site.name))
-            for branch, subjects in enumerate(plan.subjects):
-                for number, subject in enumerate(subjects):
-                    if subject.branch not in self.now:
-                        continue
-                    first = start + (subject.branch - self.now.start) * self.pictures
-                    part = subject.map(weights[first : first + self.pictures]).unflatten(1, (call.height, call.width))
-                    key = (own_name(uuid), branch, number)
-                    self.sums[key] = part if key not in self.sums else self.sums[key] + part
+            whole = len(self.now) == self.total
+            pixels = self.pixels.pop((name, call.site.name), None) if whole else self.pixels.get((name, call.site.name))
+            grid = (call.height, call.width)
+            for looked_at, keys, subjects in plan.by_branch(self.now):
+                first = start + (looked_at - self.now.start) * self.pictures
+                part = torch.stack([subject.map(weights[first : first + self.pictures]) for subject in subjects], dim=-1)
+                maps = layer_maps(part, pixels, grid, grid) if self.exclusive else part.transpose(1, 2).unflatten(2, grid)
+                for i, (branch, number) in enumerate(keys):
+                    key = (name, branch, number)
+                    self.sums[key] = added(self.sums.get(key), maps[:, i : i + 1])
 
     # --- what comes of it ---
 
@@ -196,6 +223,7 @@ class Session:
         """All branches have been evaluated."""
         self.now = range(self.total)
         self.kept.clear()
+        self.pixels.clear()
 
     def make_masks(self, areas: Mapping[Any, Area | None], device: torch.device) -> Tensor:
         """``B_1 … B_n`` from the maps so far (equation 3): boolean ``[n, B, 1, H, W]``, kept as `masks`.
@@ -207,31 +235,45 @@ class Session:
             RuntimeError: when no map was seen.
         """
         height, width = self.latent
-        out = []
-        for branch in range(1, self.total):
-            whole, found = True, False
-            mask = torch.zeros(self.pictures, 1, height, width, dtype=torch.bool, device=device)
-            for uuid, plan in self.prompts.items():
-                h, w, y, x = areas.get(uuid) or (height, width, 0, 0)
-                for subject in range(len(plan.subjects[branch])):
-                    whole = False
-                    maps = self.sums.get((uuid, branch, subject))
-                    if maps is None:
-                        continue
-                    found = True
-                    own = subject_masks(maps, self.settings.mask_threshold)[:, None]
-                    part = mask[..., y : y + h, x : x + w]
-                    part |= F.interpolate(own.float(), size=part.shape[-2:], mode="nearest") > 0.5
-            if whole:
-                mask = torch.ones_like(mask)
-            elif not found:
-                raise RuntimeError(
-                    "Detail++ Sampler saw no attention to the subjects' words: another node replaces the model's attention layers. Take "
-                    "that node out, or set share_until to 0."
-                )
-            out.append(mask)
-        self.masks = torch.stack(out)
+        made = torch.zeros(self.total, self.pictures, 1, height, width, dtype=torch.bool, device=device)
+        whole = [not any(plan.subjects[branch] for plan in self.prompts.values()) for branch in range(self.total)]
+        found = list(whole)
+        for uuid, plan in self.prompts.items():
+            h, w, y, x = areas.get(uuid) or (height, width, 0, 0)
+            for branch, masks in self._subjects_masks(uuid, plan, (h, w)):
+                found[branch] = True
+                made[branch, ..., y : y + h, x : x + w] |= masks
+        if not all(found):
+            raise RuntimeError(
+                "Detail++ Sampler saw no attention to the subjects' words: another node replaces the model's attention layers. Take "
+                "that node out, or set share_until to 0."
+            )
+        for branch in range(self.total):
+            if whole[branch]:
+                made[branch] = True
+        self.masks = made[1:]
         return self.masks
+
+    def _subjects_masks(self, uuid: Any, plan: ReadPlan, size: tuple[int, int]) -> Iterator[tuple[int, Tensor]]:
+        """Branches and the masks ``[B, 1, *size]`` of their subjects, as far as they were seen."""
+        threshold = self.settings.mask_threshold
+        seen = [
+            (branch, subject.name, self.sums[uuid, branch, number])
+            for branch, subjects in enumerate(plan.subjects)
+            for number, subject in enumerate(subjects)
+            if (uuid, branch, number) in self.sums
+        ]
+        if not self.exclusive:
+            yield from ((branch, subject_masks(maps, threshold, size)) for branch, _, maps in seen)
+            return
+        together: dict[Any, list[Tensor]] = {}  # a subject that several branches add to has one region
+        for _, name, maps in seen:
+            together.setdefault(name, []).append(maps)
+        if together:
+            each = torch.cat([torch.stack(maps).mean(dim=0) for maps in together.values()], dim=1)
+            masks = exclusive_masks(each, threshold, size)
+            place = {name: i for i, name in enumerate(together)}
+            yield from ((branch, masks[:, place[name], None]) for branch, name, _ in seen)
 
     def show_masks(self, step: int, steps: int) -> None:
         """The first picture's, to whoever looks on."""
