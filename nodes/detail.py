@@ -11,7 +11,7 @@ from comfy_api.latest import io
 
 from ..patches.detail.encode import encode
 from ..patches.detail.sampler import sample
-from ..patches.detail.session import FINISH, OPTIMIZE, Settings
+from ..patches.detail.session import FINISH, MASKS, OPTIMIZE, Settings
 from ..server.previews import Preview
 from .base import AttuneNode
 from .decompose import AttuneBranchesType
@@ -74,7 +74,7 @@ class AttuneDetailSampler(AttuneNode):
                 io.Int.Input("steps", default=20, min=1, max=10000, tooltip="Sampling steps."),
                 io.Float.Input(
                     "cfg",
-                    default=8.0,
+                    default=7.5,
                     min=0.0,
                     max=100.0,
                     step=0.1,
@@ -129,8 +129,9 @@ class AttuneDetailSampler(AttuneNode):
                     "optimize",
                     options=list(OPTIMIZE),
                     default=Settings.optimize,
-                    tooltip="Moves the layout's noise in the first steps so that subjects become compact. Slower, and needs more memory. "
-                    "entropy: less spread; centroid: one centre as well.",
+                    tooltip="Moves the layout's noise before the first steps so that subjects become compact; masks then come from the "
+                    "base. entropy: less spread; centroid: one centre as well, the paper's full method. Each of these steps costs 1 to 6 "
+                    "times a forward and a backward pass of one picture, and more memory. off is faster.",
                 ),
                 io.Int.Input(
                     "optimize_steps",
@@ -145,7 +146,8 @@ class AttuneDetailSampler(AttuneNode):
                     min=0.0,
                     max=100.0,
                     step=0.05,
-                    tooltip="How far an optimisation goes; it falls to 0 over its steps. 1 moves the noise by about a tenth; 0 changes nothing.",
+                    tooltip="How far an update goes: 1 is the authors' length, scaled to the latent's size, and less from step to step. 0 is "
+                    "off.",
                 ),
                 io.Combo.Input(
                     "finish",
@@ -154,6 +156,14 @@ class AttuneDetailSampler(AttuneNode):
                     optional=True,
                     tooltip="Which prompt the result has after share_until. last branch: its own, as in the paper. whole prompt: the full one, "
                     "which knows every detail; better where late steps still change colours, as in small pictures.",
+                ),
+                io.Combo.Input(
+                    "masks",
+                    options=list(MASKS),
+                    default=Settings.masks,
+                    optional=True,
+                    tooltip="published: every place where a subject has enough attention, as in the paper; masks may overlap. exclusive: a "
+                    "place is the one subject's that stands out most there, after Semantic-aware CFG's maps; try a lower mask_threshold.",
                 ),
             ],
             outputs=[
@@ -189,23 +199,33 @@ class AttuneDetailSampler(AttuneNode):
         optimize_steps,
         step_size,
         finish=Settings.finish,
+        masks=Settings.masks,
     ) -> io.NodeOutput:
-        settings = Settings(share_until, share_max_tokens, mask_threshold, optimize, optimize_steps, step_size, finish=finish)
-        samples, masks = sample(
+        settings = Settings(
+            share_until=share_until,
+            share_max_tokens=share_max_tokens,
+            mask_threshold=mask_threshold,
+            optimize=optimize,
+            optimize_steps=optimize_steps,
+            step_size=step_size,
+            finish=finish,
+            masks=masks,
+        )
+        samples, regions = sample(
             model,
             positive,
             negative,
             latent_image,
-            seed,
-            steps,
-            cfg,
-            sampler_name,
-            scheduler,
-            denoise,
-            settings,
-            latent_preview.prepare_callback(model, steps),
-            not comfy.utils.PROGRESS_BAR_ENABLED,
-            Preview(None),
+            seed=seed,
+            steps=steps,
+            cfg=cfg,
+            sampler_name=sampler_name,
+            scheduler=scheduler,
+            denoise=denoise,
+            settings=settings,
+            callback=latent_preview.prepare_callback(model, steps),
+            disable_pbar=not comfy.utils.PROGRESS_BAR_ENABLED,
+            observer=Preview(None),
         )
         pictures = latent_image["samples"].shape[0]
         count = math.ceil(len(samples) / pictures)
@@ -215,4 +235,4 @@ class AttuneDetailSampler(AttuneNode):
         if "noise_mask" in every:
             mask = every["noise_mask"].reshape(-1, 1, *every["noise_mask"].shape[-2:])
             every["noise_mask"] = comfy.utils.repeat_to_batch_size(mask, pictures).repeat(count, 1, 1, 1)
-        return io.NodeOutput({**latent_image, "samples": samples[-pictures:]}, every, masks)
+        return io.NodeOutput({**latent_image, "samples": samples[-pictures:]}, every, regions)

@@ -14,7 +14,7 @@ from comfy.ldm.modules.diffusionmodules.openaimodel import ResBlock
 from torch import Tensor, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils._pytree import tree_map_only
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
 from ...methods.detail import objective, subject_maps
 from ...methods.maps import added
@@ -35,14 +35,32 @@ class _EnoughError(Exception):
 class OutsideInference(TorchFunctionMode):
     """Autograd takes no tensors made in inference mode, as ComfyUI's weights are: it gets normal ones that share their memory.
 
-    ``h += c``, as ComfyUI adds ControlNet's residuals, makes a new tensor here: the old one is wanted when gradients come back.
+    ComfyUI adds ControlNet's residuals in place, to what autograd has kept for its way back; here the sum is a new tensor.
     """
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if len(args) == 2 and type(args[1]) is _Residual:
+            func, args = Tensor.add, (args[0], args[1].as_subclass(Tensor).to(args[0].dtype))
         args, kwargs = tree_map_only(Tensor, _outside_inference, (args, kwargs or {}))
-        if func is Tensor.__iadd__:
-            return torch.add(*args, **kwargs).to(args[0].dtype)
         return func(*args, **kwargs)
+
+
+class _Residual(Tensor):
+    """A ControlNet's, which is only ever added to something."""
+
+
+class _Residuals:
+    """A ControlNet whose residuals can be told from other tensors."""
+
+    def __init__(self, control: Any):
+        self.control = control
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.control, name)
+
+    def get_control(self, *args: Any, **kwargs: Any) -> Any:
+        found = self.control.get_control(*args, **kwargs)
+        return tree_map_only(Tensor, lambda t: t.as_subclass(_Residual), found)
 
 
 def _outside_inference(t: Tensor) -> Tensor:
@@ -85,7 +103,8 @@ def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
         # ComfyUI writes down where it is in the options as it goes along; what comes back must find itself where it was.
         args = tuple(dict(value) if isinstance(value, dict) else value for value in args)
         kwargs = {name: dict(value) if isinstance(value, dict) else value for name, value in kwargs.items()}
-        return checkpoint(run, *args, use_reentrant=False, preserve_rng_state=False, **kwargs)
+        with set_checkpoint_early_stop(False):  # nodes that change tokens and change them back (HyperTile) do both
+            return checkpoint(run, *args, use_reentrant=False, **kwargs)
 
     return again
 
@@ -129,6 +148,8 @@ def gradient(
     total = session.total * session.pictures
     rows = index_or_slice(pictures, x.device)
     cond = next(rows_of(c, total, rows, part=0) for c in guider.conds["positive"] if c["uuid"] == uuid)
+    if cond.get("control") is not None:
+        cond["control"] = _Residuals(cond["control"])
     reading = _Reading(session.read_at[-1].name)
     options = kwargs["model_options"]
     asked = options.get("transformer_options", {})
@@ -143,16 +164,16 @@ def gradient(
             seen = _under_noise_mask(
                 guider.inner_model, model, z, sigma[rows].clone(), rows, {**kwargs, "model_options": options}
             )
-            with contextlib.suppress(_EnoughError), checkpointed(guider.inner_model.diffusion_model, session.read_at[-1].block):
+            network, last = guider.inner_model.diffusion_model, session.read_at[-1].block
+            with contextlib.suppress(_EnoughError), checkpointed(network, last):
                 comfy.samplers.calc_cond_batch(guider.inner_model, [[cond]], seen, sigma[rows].clone(), options)
             reading.done = True
             if reading.total is None:
                 return None  # outside the prompt's timesteps
             attention = (reading.total / reading.layers).movedim(1, -1).float()
             losses = objective(subject_maps(attention, plan.base.subjects), session.settings.optimize == OPTIMIZE[2])
-            lift = (
-                2.0**8 if guider.inner_model.get_dtype() == torch.float16 else 1.0
-            )  # small gradients of half precision are zero
+            half = guider.inner_model.get_dtype() == torch.float16
+            lift = 2.0**8 if half else 1.0  # small gradients of half precision are zero
             (by_z,) = torch.autograd.grad(losses.sum() * lift, z)
     finally:
         # Layers that are computed again hold the options, these the reader, and that the maps, whose graph holds the layers.

@@ -122,6 +122,7 @@ def sample(
     guider.set_conds([*made, *others], tiled_conditioning(negative, pictures, count))
     guider.set_cfg(cfg)
     session.prompts = guider.prompts([ReadPlan.of(m, settings.where) for m in made])
+    session.negative = frozenset(cond["uuid"] for cond in guider.original_conds["negative"])
     if mask is not None:
         mask = tiled(mask.reshape(-1, 1, *mask.shape[-2:]), pictures, count)
     sampler = with_branches(comfy.samplers.sampler_object(sampler_name), sampler_name, session, guider)

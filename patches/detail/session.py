@@ -102,7 +102,7 @@ class Session:
         total: branches; ``pictures``: of each; ``latent``: height and width.
         shared: the steps that share and blend.
         names: of the branches with a subject, for the ``observer``.
-        prompts: what is read of each merged conditioning, by the name that ComfyUI gave it.
+        prompts: what is read of each merged conditioning, by the name that ComfyUI gave it; ``negative``: names of the negative ones.
         now: the branches in the forward that is going on; ``reading``: whether its maps count.
         sums: maps ``[B, 1, h, w]`` of the steps so far, by conditioning, branch and subject.
         pixels: the base's self-attention ``[B, M, M]`` of this forward, by conditioning and site, for exclusive masks.
@@ -122,6 +122,7 @@ class Session:
     names: dict[int, str] = field(default_factory=dict)
     observer: Observer = NOBODY
     prompts: dict[Any, ReadPlan] = field(default_factory=dict)
+    negative: frozenset[Any] = frozenset()
     now: range = field(init=False)
     reading: bool = False
     sums: dict[tuple[Any, int, int], Tensor] = field(default_factory=dict)
@@ -157,32 +158,40 @@ class Session:
         return ReadWeights(where, act, rows=COND, columns=columns, mean_heads=True, prompt_columns=prompt_columns)
 
     def share(self, call: AttentionCall) -> MapSource:
-        """Conditional rows use the base's map of their picture (algorithm 1, line 4)."""
+        """Conditional rows use the base's map of their picture (algorithm 1, line 4).
+
+        A picture has more than one row where another node cuts its tokens into tiles.
+        """
         rows = list(range(call.batch))
         whole = len(self.now) == self.total
+        own = call.pictures // len(self.now)
         keep: list[int] = []
         keys: list[Any] = []
         kept: list[tuple[Tensor, Tensor]] = []
         for part in call.parts(COND):
+            if own_name(part.uuid) in self.negative:
+                continue  # another node's own pass
             first = part.rows.start
             key = (call.site.name, call.perturbed, part.role, own_name(part.uuid))
             if self.now.start == 0:
                 origin = first
                 if not whole:
-                    keep += range(first, first + self.pictures)
+                    keep += range(first, first + own)
                     keys.append(key)
             elif key in self.kept:
-                origin = call.batch + len(kept) * self.pictures
+                if len(self.kept[key][0]) != own:
+                    continue  # other tiles than the base had
+                origin = call.batch + len(kept) * own
                 kept.append(self.kept[key])
             else:
                 raise RuntimeError(
                     f"Detail++ Sampler: the layout's attention at {call.site.name} was not seen; another node changes which layers run."
                 )
-            rows[part.rows] = [origin + r % self.pictures for r in range(call.pictures)]
+            rows[part.rows] = [origin + r % own for r in range(call.pictures)]
 
         def listen(q: Tensor, k: Tensor) -> None:
             for n, key in enumerate(keys):
-                part = slice(n * self.pictures, (n + 1) * self.pictures)
+                part = slice(n * own, (n + 1) * own)
                 self.kept[key] = (q[part], k[part])
 
         more = (torch.cat([q for q, _ in kept]), torch.cat([k for _, k in kept])) if kept else None

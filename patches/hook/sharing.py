@@ -79,6 +79,9 @@ class SharedMaps:
             places: each row's among them.
         """
         device = q.device
+        if kernel.block_replaced:  # its owner expects every row
+            which = index_or_slice(places, device)
+            return tensors.open(kernel.whole(tensors.join(q[which]), tensors.join(k[which]), tensors.given[2]))
         groups: dict[int, list[int]] = {}
         for row, place in enumerate(places):
             groups.setdefault(place, []).append(row)

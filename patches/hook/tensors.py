@@ -60,9 +60,12 @@ class CallTensors:
     """q, k, v of a call as ``[B, H, tokens, d]`` views, whatever layout the caller uses, and the way back."""
 
     def __init__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, settings: dict[str, Any]):
+        self.by_head = bool(settings.get("skip_reshape"))
+        if not self.by_head and q.shape[0] > k.shape[0] == v.shape[0]:
+            # HyperTile cuts q into tiles of its own rows, and leaves it to the kernel to read k and v as so many rows.
+            k, v = (t.reshape(q.shape[0], -1, t.shape[-1]) for t in (k, v))
         self.given = (q, k, v)
         self.heads, self.settings = heads, settings
-        self.by_head = bool(settings.get("skip_reshape"))
         self.width = q.shape[-1] if self.by_head else q.shape[-1] // heads
 
     def _split(self, t: Tensor) -> Tensor:

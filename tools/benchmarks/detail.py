@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import statistics
 import time
+import unittest.mock as mock
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -16,22 +17,26 @@ import comfy.model_management
 import comfy.samplers
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from ...demo import model, world
 from ...demo.reader import Reading, Verdict, load_reader, read
 from ...language.decompose import GRANULARITIES, ORDERS, decompose
+from ...methods import detail as maths
 from ...patches.detail import sampler as detail
 from ...patches.detail.branches import BRANCH, EncodedBranch, SubjectColumns
 from ...patches.detail.encode import encode
-from ...patches.detail.session import FINISH, MASKS_FROM, OPTIMIZE, Settings
+from ...patches.detail.session import FINISH, MASKS, MASKS_FROM, OPTIMIZE, Session, Settings
 from .shared import speed
 from .shared.pictures import generate, shown_change, shown_share, verdicts
 from .shared.records import recorded
 
 ROWS = dict(zip(OPTIMIZE, ("+ PDI", "+ entropy", "+ centroid"), strict=True))
 COUNT = 4  # branches in the cost table: a base, one without details, two subjects
-SHARED = "Detail++, every step shared"
+SHARED, UNSHARED = "Detail++, every step shared", "Detail++, no step shared"
+UPDATED = "Detail++, every step optimised"
 LIMITS = {SHARED: 1.0}
+RUN = 30  # steps of the run whose cost is added up
 Draw = Callable[[str, int], Tensor]
 
 # --- the cost -----------------------------------------------------------------------------------------------------------
@@ -41,7 +46,10 @@ def runs(patcher: Any, steps: int, latent: int) -> dict[str, Callable[[], Tensor
     """Functions that sample ``steps`` CFG steps of `COUNT` pictures."""
     contexts = [torch.randn(1, 77, 768, generator=torch.Generator().manual_seed(i)) for i in range(COUNT + 1)]
     subjects = [(), (), *((SubjectColumns(c, c, c),) for c in ((2, 3), (7,)))]
-    positive = [[c, {BRANCH: EncodedBranch(i, COUNT, 77, subjects[i])}] for i, c in enumerate(contexts[:COUNT])]
+    positive = [
+        [c, {BRANCH: EncodedBranch(i, COUNT, 77, subjects[i], content=tuple(range(1, 13)))}]
+        for i, c in enumerate(contexts[:COUNT])
+    ]
     negative = [[contexts[COUNT], {}]]
     image = torch.zeros(1, 4, latent, latent)
     noise = torch.randn(COUNT, *image.shape[1:], generator=torch.Generator().manual_seed(1))
@@ -53,7 +61,9 @@ def runs(patcher: Any, steps: int, latent: int) -> dict[str, Callable[[], Tensor
         many = torch.zeros_like(noise)
         return sampler.sample(noise, batch, negative, 7.0, latent_image=many, disable_pbar=True, seed=1)
 
-    def ours(**settings: Any) -> Callable[[], Tensor]:
+    def ours(**changes: Any) -> Callable[[], Tensor]:
+        settings = {"optimize": OPTIMIZE[0], **changes}
+
         @torch.inference_mode()
         def run() -> Tensor:
             return detail.sample(
@@ -75,11 +85,81 @@ def runs(patcher: Any, steps: int, latent: int) -> dict[str, Callable[[], Tensor
     return {
         f"KSampler, {COUNT} pictures": plain,
         SHARED: ours(share_until=1.0),
+        "Detail++, exclusive masks": ours(share_until=1.0, masks=MASKS[1]),
         "Detail++, no layout shared": ours(share_until=1.0, share_max_tokens=1),
-        "Detail++, no step shared": ours(share_until=0.0),
+        UNSHARED: ours(share_until=0.0),
         "Detail++, one branch at a time": ours(share_until=1.0, branches_at_once=1),
-        "Detail++, every step optimised": ours(share_until=1.0, optimize=OPTIMIZE[2], optimize_steps=steps),
+        UPDATED: ours(share_until=1.0, optimize=OPTIMIZE[2], optimize_steps=steps),
     }
+
+
+class _ToShapes(torch.autograd.Function):
+    """Latents to tensors without data, on which a UNet is counted; gradients come back as zeros."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return torch.empty(x.shape, device="meta")
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.zeros(gradient.shape)
+
+
+class _ToData(torch.autograd.Function):
+    """Attention weights without data to random ones, which Detail++ can make masks and losses of."""
+
+    @staticmethod
+    def forward(ctx: Any, weights: Tensor) -> Tensor:
+        return torch.rand(weights.shape)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:  # type: ignore[override]
+        return torch.empty(gradient.shape, device="meta")
+
+
+def flops(args: argparse.Namespace) -> None:
+    """Count one step of each kind and one update, and add them up to whole runs."""
+    patcher = speed.without_data(args.width)
+    shapes = patcher.model.diffusion_model.forward
+
+    def forward(x: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        shapes(_ToShapes.apply(x), *rest, **kwargs)
+        return torch.zeros_like(x)
+
+    def reader(self: Session, columns: Any, prompt_columns: int, act: Callable[..., None]) -> Any:
+        return whole(self, columns, prompt_columns, lambda call, weights: act(call, _ToData.apply(weights)))
+
+    patcher.model.diffusion_model.forward = forward
+    whole, counted = Session.reader, {}
+    variants = {name: run for name, run in runs(patcher, 1, args.latent).items() if "exclusive" not in name}
+    with mock.patch.object(Session, "reader", reader), mock.patch.object(maths, "UPDATES", (1, 1)):
+        for name, run in variants.items():
+            with FlopCounterMode(display=False) as counter:
+                run()
+            counted[name] = counter.get_total_flops()
+    plain = counted[next(iter(variants))]
+    update = counted[UPDATED] - counted[SHARED]
+    print(
+        f"SD1.5-shaped UNet, {args.width} channels, latent {args.latent}×{args.latent}: FLOPs to a step of {next(iter(variants))}"
+    )
+    print("| a step | FLOPs |\n|---|---|")
+    for name, count in counted.items():
+        print(f"| {name} | {count / plain:.3f} |")
+    print(f"| one update of the optimisation, beside it | {update / plain:.3f} |")
+    sigmas = comfy.samplers.KSampler(patcher, RUN, "cpu", "euler", "normal").sigmas
+    sampling = patcher.get_model_object("model_sampling")
+    early = sum(float(sigma) > float(sampling.percent_to_sigma(maths.EARLY)) for sigma in sigmas[: Settings.optimize_steps])
+    most = early * maths.UPDATES[0] + (Settings.optimize_steps - early) * maths.UPDATES[1]
+    shared = int(Settings.share_until * RUN + 0.5)
+    steps = shared * counted[SHARED] + (RUN - shared) * counted[UNSHARED]
+    print(f"\n| a run of {RUN} steps | updates | FLOPs | limit |\n|---|---|---|---|")
+    for name, updates in (
+        ("without the optimisation", 0),
+        ("the whole method, every threshold met at once", Settings.optimize_steps),
+        ("half of the updates that there may be", (most + Settings.optimize_steps) // 2),
+        ("no threshold ever met", most),
+    ):
+        print(f"| {name} | {updates} | {(steps + updates * update) / (RUN * plain):.3f} | 1.30 |")
 
 
 def cost(argv: list[str]) -> None:
@@ -90,7 +170,11 @@ def cost(argv: list[str]) -> None:
     parser.add_argument("--steps", type=int, default=1, help="sampling steps in a timed run")
     parser.add_argument("--rounds", type=int, default=3, help="timed runs of each variant")
     parser.add_argument("--variants", nargs="*", default=[], help="only variants with one of these words in their names")
+    parser.add_argument("--flops-only", action="store_true", help="count FLOPs, measure nothing: seconds instead of minutes")
     args = parser.parse_args(argv)
+    flops(args)
+    if args.flops_only:
+        return
     device = comfy.model_management.get_torch_device()
     variants = speed.named(runs(speed.with_data(args.width, device), args.steps, args.latent), args.variants)
     first = next(iter(variants))
@@ -145,6 +229,7 @@ def table(captions: Sequence[world.Caption], args: argparse.Namespace) -> None:
         "optimize_steps": args.optimize_steps,
         "step_size": args.step_size,
         "finish": args.finish,
+        "masks": args.masks,
         "masks_from": args.masks_from,
     }
     print(
@@ -229,7 +314,7 @@ EFFECT = (
     "Also: --effect-only, --cost-only; of the second table --prompts (0 skips it), --things, --split, --cfg, --seed, --sampling-steps, "
     "--sampler, --granularity, --order, --masks-from (whose attention shows where subjects "
     "are), --rows (which optimisations), --composition (one patterned thing on a differently patterned background), --premise (whether "
-    "simpler prompts are drawn better), --finish, and the node's settings."
+    "simpler prompts are drawn better), --finish, --masks, and the node's settings."
 )
 
 
@@ -248,6 +333,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--sampler", default="euler")
     parser.add_argument("--granularity", choices=GRANULARITIES, default="subject")
     parser.add_argument("--order", choices=ORDERS, default=ORDERS[0])
+    parser.add_argument("--masks", choices=MASKS, default=Settings.masks)
     parser.add_argument("--masks-from", choices=MASKS_FROM, default=Settings.masks_from)
     parser.add_argument("--rows", nargs="*", choices=OPTIMIZE, default=list(OPTIMIZE))
     parser.add_argument("--composition", action="store_true")
