@@ -161,6 +161,7 @@ class Reader(nn.Module):
         self.wide = nn.Sequential(_layer(fine, coarse, 2, 2), *(_Residual(coarse) for _ in range(3)))
         self.merge = _layer(coarse + fine, 64)
         self.heads = nn.Conv2d(64, sum(self.PARTS), 1)
+        assert self.heads.bias is not None
         nn.init.constant_(self.heads.bias[:1], -3.0)  # things are rare
 
     def forward(self, images: Tensor) -> Maps:

@@ -17,7 +17,8 @@ from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..methods import scores as maths
-from ..scoring.scorers import Scorer, chunks, digest, managed, ready
+from ..scoring.folders import digest
+from ..scoring.scorers import Scorer, chunks, managed, ready
 from . import model, world
 from .reader import CHUNK, judge, load_reader, read
 from .reader import WEIGHTS as READER_WEIGHTS

@@ -314,7 +314,8 @@ def _moved(heads: Attention, tokens: Tokens, rows: slice, u: float, target: str,
         mean = _logits(queries(target, heads.q, rows, tokens, temperature), keys, heads.scale)
     parts = []
     for at in _parts(own, keys):
-        logits, hidden = _logits(own[..., at, :], keys, heads.scale), 0.0
+        logits = _logits(own[..., at, :], keys, heads.scale)
+        hidden: Tensor | float = 0.0
         if heads.mask is not None:
             hidden = heads.mask if heads.mask.shape[-2] == 1 else heads.mask[..., rows, :][..., at, :]
         a = logits + hidden

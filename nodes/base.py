@@ -120,7 +120,8 @@ def _number(entry: Any, kind: str, value: Any) -> str | None:
     most = sys.float_info.max
     low = -most if entry.min is None else entry.min
     high = most if entry.max is None else entry.max
-    if isinstance(value, Integral if kind == WHOLE else Real) and low <= value <= high:  # NaN is in no range
+    fits = isinstance(value, Integral if kind == WHOLE else Real)
+    if fits and low <= value <= high:  # NaN is in no range
         return None
     limits = "" if entry.min is None or entry.max is None else f" from {low} to {high}"
     return f"{entry.id} is {shown(value)}; give a {'whole ' if kind == WHOLE else ''}number{limits}"

@@ -6,10 +6,10 @@ from comfy_api.latest import io
 
 from ..methods.scores import diversity
 from ..scoring.detector import Detector
+from ..scoring.folders import DETECTORS, fingerprint, model_folders
 from ..scoring.metrics import METRICS, score, style_score, table
-from ..scoring.scorers import DETECTORS, fingerprint
 from .base import AttuneNode
-from .scorers import AttuneScorerType, model_folders
+from .scorers import AttuneScorerType
 
 WITHOUT = "none (use masks)"
 
@@ -98,7 +98,7 @@ class AttuneSCBScore(AttuneNode):
                 AttuneScorerType.Input("scorer", tooltip="The judge: CLIP Scorer."),
                 io.Combo.Input(
                     "detector",
-                    options=[WITHOUT, *(f for f in model_folders(DETECTORS) if not f.startswith("("))],
+                    options=[WITHOUT, *model_folders(DETECTORS)],
                     default=WITHOUT,
                     tooltip=f"A folder in models/{DETECTORS} with Grounding DINO, OWL-ViT or OWLv2 as Hugging Face has it, to find the parts "
                     "with. Masks are used instead where they are connected.",

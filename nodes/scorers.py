@@ -4,16 +4,17 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..scoring.scorers import SCORERS, ClipScorer, PreferenceScorer, fingerprint, folders
+from ..scoring.folders import SCORERS, fingerprint, model_folders
+from ..scoring.scorers import ClipScorer, PreferenceScorer
 from .base import AttuneNode
 
 AttuneScorerType = io.Custom("ATTUNE_SCORER")
 NONE = "(none yet)"
 
 
-def model_folders(kind: str) -> list[str]:
+def folder_names(kind: str) -> list[str]:
     """Names for a menu; it must never be empty."""
-    return list(folders(kind)) or [NONE]
+    return list(model_folders(kind)) or [NONE]
 
 
 class _OfFolder(AttuneNode):
@@ -43,7 +44,7 @@ class AttuneClipScorer(_OfFolder):
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=model_folders(SCORERS),
+                    options=folder_names(SCORERS),
                     tooltip=f"A folder in models/{SCORERS} with a whole CLIP or SigLIP model as Hugging Face has it: config.json, "
                     "model.safetensors, tokenizer and preprocessor files. Press R after adding one.",
                 )
@@ -71,7 +72,7 @@ class AttunePreferenceScorer(_OfFolder):
             inputs=[
                 io.Combo.Input(
                     "folder",
-                    options=model_folders(SCORERS),
+                    options=folder_names(SCORERS),
                     tooltip=f"A folder in models/{SCORERS} with PickScore or another preference-tuned CLIP as Hugging Face has it; or a CLIP "
                     "with a head.safetensors beside it, an MLP on its vectors.",
                 )

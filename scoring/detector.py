@@ -6,7 +6,8 @@ import torch
 from torch import Tensor
 
 from ..methods.scores import Box, within
-from .scorers import DETECTORS, PREPROCESSOR, TOKENIZER, folder, from_folder, managed, part_of_folder, ready
+from .folders import DETECTORS, PREPROCESSOR, TOKENIZER, model_folder, network_of_folder, part_of_folder
+from .scorers import managed, ready
 
 LEAST = 0.05  # a box below this confidence is no find
 
@@ -21,13 +22,13 @@ class Detector:
     def __init__(self, name: str):
         from transformers import AutoConfig, AutoModelForZeroShotObjectDetection, AutoProcessor, AutoTokenizer
 
-        who, path = "SCB Score", folder(DETECTORS, name)
-        self.kind = str(part_of_folder(who, AutoConfig, path, "config.json").model_type)
+        who, path = "SCB Score", model_folder(DETECTORS, name)
+        config = part_of_folder(who, AutoConfig, path, "config.json")
+        self.kind = str(config.model_type)
         part_of_folder(who, AutoTokenizer, path, "tokenizer", TOKENIZER)
         self.processor = part_of_folder(who, AutoProcessor, path, "preprocessor", PREPROCESSOR)
-        self.patcher = managed(
-            from_folder(who, AutoModelForZeroShotObjectDetection, path, "an open-vocabulary detector").float()
-        )
+        network = network_of_folder(who, AutoModelForZeroShotObjectDetection, path, config, "an open-vocabulary detector")
+        self.patcher = managed(network.float())
 
     @torch.no_grad()
     def find(self, picture: Tensor, name: str, least: float = LEAST) -> tuple[Box, float] | None:

@@ -1,36 +1,24 @@
-"""Scorers: how well does this picture show this text. The interface, dual encoders from local folders, and their memory.
-
-Nothing is ever downloaded: a model is a folder in transformers' layout under ComfyUI's models, with safetensors and without code.
-"""
+"""Scorers: how well does this picture show this text. The interface, dual encoders from local folders, and their memory."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-import os
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
-from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import comfy.model_management
 import comfy.model_patcher
-import folder_paths
 import torch
 import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
 from ..methods import scores as maths
+from .folders import HEAD, PREPROCESSOR, SCORERS, TOKENIZER, digest, files_of, model_folder, network_of_folder, part_of_folder
 
-SCORERS, DETECTORS = "attune_scorers", "attune_detectors"  # folders under ComfyUI's models
-HEAD = "head.safetensors"  # beside a dual encoder: an MLP on its vectors
 CHUNK = 16  # pictures that go through a model at once
 ROOM = 256 * 1024 * 1024  # bytes that a few pictures need on their way through a large one
-
-for _name in (SCORERS, DETECTORS):
-    folder_paths.add_model_folder_path(_name, os.path.join(folder_paths.models_dir, _name))
 
 
 class Scorer(ABC):
@@ -105,117 +93,6 @@ def ready(patcher: comfy.model_patcher.ModelPatcher) -> tuple[Any, torch.device]
     return patcher.model.network, patcher.load_device
 
 
-# --- folders --------------------------------------------------------------------------------------------------------
-
-
-def folders(kind: str) -> dict[str, Path]:
-    """The model folders of `SCORERS` or `DETECTORS` by name: those with a config.json."""
-    found: dict[str, Path] = {}
-    for parent in folder_paths.get_folder_paths(kind):
-        if os.path.isdir(parent):
-            for entry in sorted(os.scandir(parent), key=lambda e: e.name):
-                if not entry.name.startswith(".") and os.path.isfile(os.path.join(entry.path, "config.json")):
-                    found.setdefault(entry.name, Path(entry.path))
-    return found
-
-
-def folder(kind: str, name: str) -> Path:
-    """The model folder of that name, after a look at what is in it.
-
-    Raises:
-        ValueError: when there is none, or it has no safetensors.
-    """
-    known, home = folders(kind), folder_paths.get_folder_paths(kind)[0]
-    if name not in known:
-        there = f"There are: {', '.join(known)}." if known else "There is none yet."
-        raise ValueError(
-            f"There is no model folder “{name}” in {home}. {there} Put a model in transformers' layout there (config.json, safetensors, "
-            "tokenizer and preprocessor files), in a folder of its own; nothing is downloaded by itself."
-        )
-    path = known[name]
-    if not any(f.name != HEAD for f in path.glob("*.safetensors")):
-        raise ValueError(
-            f"The model folder “{name}” has no .safetensors file. Weights in .bin, .pt or .ckpt files can hold programs and are not read: "
-            "get the model's safetensors version."
-        )
-    return path
-
-
-def fingerprint(kind: str, name: str) -> str:
-    """Changes when a file of the folder does: for ComfyUI's cache."""
-    path = folders(kind).get(name)
-    files = [] if path is None else sorted(f for f in path.iterdir() if f.is_file())
-    return json.dumps([(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files])
-
-
-@lru_cache(maxsize=64)
-def _digest(path: Path, size: int, changed: int) -> str:
-    out = hashlib.sha256()
-    with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            out.update(block)
-    return out.hexdigest()
-
-
-def digest(paths: Sequence[Path], *settings: object) -> str:
-    """Sixteen hexadecimal digits that stand for what is in these files, and for settings."""
-    parts = [(p.name, _digest(p, p.stat().st_size, p.stat().st_mtime_ns)) for p in sorted(paths)]
-    return hashlib.sha256(json.dumps([parts, [str(s) for s in settings]]).encode()).hexdigest()[:16]
-
-
-def from_folder(who: str, auto: Any, path: Path, what: str) -> nn.Module:
-    """A transformers model from a folder: its safetensors only, complete, without foreign code, without the network.
-
-    Args:
-        auto: a class of transformers with ``from_pretrained``.
-        what: the models that would do, for the error.
-
-    Raises:
-        ValueError: when it cannot be read, or weights are missing.
-    """
-    try:
-        network, report = auto.from_pretrained(
-            str(path), local_files_only=True, use_safetensors=True, trust_remote_code=False, output_loading_info=True
-        )
-    except Exception as error:  # transformers, safetensors and torch each have their own
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"{who}: the folder “{path.name}” cannot be read as {what}: {reason[0] if reason else error}"
-        ) from None
-    missing = sorted(k for k in report["missing_keys"] if not k.endswith("position_ids"))
-    if missing:
-        raise ValueError(
-            f"{who}: the weights in “{path.name}” are not complete for {what}; {missing[0]} is one of {len(missing)} that are missing. "
-            "Get the whole model."
-        )
-    return network
-
-
-TOKENIZER = ("tokenizer.json", "vocab.json", "vocab.txt", "tokenizer.model", "spiece.model", "sentencepiece.bpe.model")
-PREPROCESSOR = ("preprocessor_config.json", "processor_config.json")
-
-
-def part_of_folder(who: str, auto: Any, path: Path, what: str, files: Sequence[str] = ()) -> Any:
-    """A config, tokenizer or preprocessor from a folder.
-
-    Args:
-        files: one of these must be there; without any, transformers makes up a tokenizer that knows no word.
-
-    Raises:
-        ValueError: when the files are missing or broken.
-    """
-    try:
-        if files and not any((path / f).is_file() for f in files):
-            raise ValueError(f"there is none of {', '.join(files)}")
-        return auto.from_pretrained(str(path), local_files_only=True, trust_remote_code=False)
-    except Exception as error:  # whatever transformers and tokenizers raise for files that are missing or broken
-        reason = str(error).strip().splitlines()
-        raise ValueError(
-            f"{who}: the folder “{path.name}” has no usable {what} ({reason[0] if reason else type(error).__name__}). "
-            "Put all files of the model there, not only its weights."
-        ) from None
-
-
 # --- dual encoders --------------------------------------------------------------------------------------------------
 
 
@@ -232,7 +109,7 @@ class ClipScorer(Scorer):
     def __init__(self, name: str):
         from transformers import AutoConfig, AutoImageProcessor, AutoModel, AutoTokenizer
 
-        path = folder(SCORERS, name)
+        path = model_folder(SCORERS, name)
         config = part_of_folder(self.who, AutoConfig, path, "config.json")
         # Only a config of two towers: a large language model would be read for nothing.
         if not (hasattr(config, "text_config") and hasattr(config, "vision_config")):
@@ -242,7 +119,7 @@ class ClipScorer(Scorer):
             )
         self.tokenizer = part_of_folder(self.who, AutoTokenizer, path, "tokenizer", TOKENIZER)
         self.preprocessor = part_of_folder(self.who, AutoImageProcessor, path, "preprocessor", PREPROCESSOR)
-        network = from_folder(self.who, AutoModel, path, "a CLIP or SigLIP model")
+        network = network_of_folder(self.who, AutoModel, path, config, "a CLIP or SigLIP model")
         if not (hasattr(network, "get_image_features") and hasattr(network, "get_text_features")):
             raise ValueError(
                 f"{self.who}: the folder “{name}” holds a “{config.model_type}”, which cannot compare a picture with a text."
@@ -255,8 +132,7 @@ class ClipScorer(Scorer):
 
     @property
     def key(self) -> str:  # type: ignore[override]  # a large file takes a few seconds to read: only when asked for
-        files = [f for f in self.path.iterdir() if f.suffix in (".safetensors", ".json", ".txt", ".model")]
-        return digest(files, type(self).__name__)
+        return digest(files_of(self.path), type(self).__name__)
 
     @property
     def scale(self) -> float:

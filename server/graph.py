@@ -73,7 +73,7 @@ def origin() -> Origin:
 
 def made_by(graph: Prompt | None, node: str | None, name: str = "image") -> set[Origin] | None:
     """The nodes, with their lineages, that may have made what comes into input ``name`` of ``node``; None without a workflow."""
-    if graph is None or node not in graph:
+    if graph is None or node is None or node not in graph:
         return None
     link = graph[node]["inputs"].get(name)
     above = upstream(graph, link[0]) if isinstance(link, list) else set()

@@ -168,6 +168,7 @@ class Reader(nn.Module):
         self.wide = nn.Sequential(_layer(middle, coarse, 2, 2), *(_Residual(coarse) for _ in range(4)))
         self.merge = nn.Sequential(_layer(middle + coarse, middle), _Residual(middle))
         self.heads = nn.Conv2d(middle, sum(self.PARTS), 1)
+        assert self.heads.bias is not None
         nn.init.constant_(self.heads.bias[:1], -3.0)  # things are rare
 
     def forward(self, images: Tensor) -> Maps:

@@ -7,12 +7,10 @@ import itertools
 import json
 import math
 import re
-import socket
 import weakref
 from pathlib import Path
 
 import comfy.model_management as management
-import folder_paths
 import numpy as np
 import pytest
 import torch
@@ -23,11 +21,11 @@ from attune.demo import scorer
 from attune.methods import scores as maths
 from attune.nodes import score as score_nodes
 from attune.nodes import scorers as scorer_nodes
-from attune.scoring import detector, scorers
+from attune.scoring import detector, folders, scorers
 from attune.scoring import metrics as scoring
 from attune.tests.helpers import some_pictures
+from attune.tests.scoring.tiny import WORDS, tiny_folder, tiny_model, tiny_tokenizer
 
-WORDS = ("[PAD]", "[UNK]", "[BOS]", "[EOS]", "a", "red", "star", "cat", "photo", "of", "good", "bad", ".")
 NODES = [
     scorer_nodes.AttuneClipScorer,
     scorer_nodes.AttunePreferenceScorer,
@@ -39,64 +37,6 @@ NODES = [
 
 
 # --- folders ----------------------------------------------------------------------------------------------------------
-
-
-def tiny_tokenizer(length):
-    from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, processors
-    from transformers import PreTrainedTokenizerFast
-
-    inner = Tokenizer(models.WordLevel({w: i for i, w in enumerate(WORDS)}, unk_token="[UNK]"))
-    inner.normalizer, inner.pre_tokenizer = normalizers.Lowercase(), pre_tokenizers.Whitespace()
-    inner.post_processor = processors.TemplateProcessing(single="[BOS] $A [EOS]", special_tokens=[("[BOS]", 2), ("[EOS]", 3)])
-    names = {"pad_token": "[PAD]", "unk_token": "[UNK]", "bos_token": "[BOS]", "eos_token": "[EOS]"}
-    return PreTrainedTokenizerFast(tokenizer_object=inner, model_max_length=length, **names)
-
-
-def tiny_model(kind):
-    from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, SiglipConfig, SiglipImageProcessor, SiglipModel
-
-    text = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    text |= {"vocab_size": len(WORDS), "max_position_embeddings": 12, "bos_token_id": 2, "eos_token_id": 3, "pad_token_id": 0}
-    vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
-    vision |= {"image_size": 32, "patch_size": 8}
-    torch.manual_seed(0)
-    if kind == "clip":
-        config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=16)
-        return CLIPModel(config), CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32})
-    config = SiglipConfig(text_config={**text, "projection_size": 16}, vision_config=vision)
-    return SiglipModel(config), SiglipImageProcessor(size={"height": 32, "width": 32})
-
-
-def tiny_folder(path, kind="clip", pieces=("model", "tokenizer", "preprocessor")):
-    network, preprocessor = tiny_model(kind)
-    if "model" in pieces:
-        with torch.no_grad():  # random encoders of 16 numbers all look one way: spread them out
-            for parameter in network.parameters():
-                if parameter.ndim > 1:
-                    parameter.normal_(0, 0.3)
-        network.save_pretrained(path)
-    if "tokenizer" in pieces:
-        tiny_tokenizer(12).save_pretrained(path)
-    if "preprocessor" in pieces:
-        preprocessor.save_pretrained(path)
-    return path
-
-
-@pytest.fixture
-def home(tmp_path, monkeypatch):
-    """An empty models folder for scorers and one for detectors."""
-    for kind in (scorers.SCORERS, scorers.DETECTORS):
-        (tmp_path / kind).mkdir()
-        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], set()))
-    return tmp_path / scorers.SCORERS
-
-
-@pytest.fixture(autouse=True)
-def no_network(monkeypatch):
-    def refuse(*_):
-        raise AssertionError("something wanted the network")
-
-    monkeypatch.setattr(socket.socket, "connect", refuse)
 
 
 def slow_cosines(path, images, texts):
@@ -234,7 +174,7 @@ def test_the_key_follows_the_weights(home):
     first = scorers.ClipScorer("tiny").key
     assert re.fullmatch(r"[0-9a-f]{16}", first)
     assert scorers.ClipScorer("same").key == first != scorers.PreferenceScorer("tiny").key
-    print_before = scorers.fingerprint(scorers.SCORERS, "tiny")
+    print_before = folders.fingerprint(folders.SCORERS, "tiny")
     weights = load_file(path / "model.safetensors")
     weights["logit_scale"] += 0.5
     save_file(weights, path / "model.safetensors", {"format": "pt"})
@@ -243,13 +183,13 @@ def test_the_key_follows_the_weights(home):
 
 
 def test_menus_name_folders_and_are_never_empty(home):
-    assert scorer_nodes.model_folders(scorers.SCORERS) == [scorer_nodes.NONE]
+    assert scorer_nodes.folder_names(folders.SCORERS) == [scorer_nodes.NONE]
     with pytest.raises(ValueError, match="none yet"):
         scorers.ClipScorer(scorer_nodes.NONE)
     tiny_folder(home / "b")
     tiny_folder(home / ".hidden")
     (home / "no-config").mkdir()
-    assert scorer_nodes.model_folders(scorers.SCORERS) == ["b"]
+    assert scorer_nodes.folder_names(folders.SCORERS) == ["b"]
 
 
 # --- preference -------------------------------------------------------------------------------------------------------
@@ -450,7 +390,7 @@ def owl(home):
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = OwlViTConfig(text_config=text, vision_config={**vision, "image_size": 32, "patch_size": 8}, projection_dim=16)
     torch.manual_seed(0)
-    path = home.parent / scorers.DETECTORS / "owl"
+    path = home.parent / folders.DETECTORS / "owl"
     network = OwlViTForObjectDetection(config)
     with torch.no_grad():  # random boxes are mostly nothing: bring them to the middle
         for parameter in (*network.box_head.parameters(), *network.class_head.parameters()):
@@ -482,7 +422,7 @@ def test_a_detector_gives_the_surest_box(owl):
 
 
 def test_a_folder_that_is_no_detector_is_refused(home):
-    path = home.parent / scorers.DETECTORS / "clip"
+    path = home.parent / folders.DETECTORS / "clip"
     tiny_folder(path)
     with pytest.raises(ValueError, match="SCB Score"):
         detector.Detector("clip")
