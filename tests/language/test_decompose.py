@@ -3,7 +3,7 @@
 import comfy.sd1_clip
 import pytest
 
-from attune.language import nouns
+from attune.language import english
 from attune.language.branches import Branch, Branches, Subject
 from attune.language.decompose import LONGEST, MOST, decompose
 from attune.language.scb import BACKGROUNDS, SIZE, STYLES, SUBJECTS, style_prompt
@@ -180,8 +180,8 @@ def test_a_prompt_without_details_is_one_branch():
 
 
 def test_lines_by_hand_need_no_spacy(monkeypatch):
-    nouns.english.cache_clear()
-    monkeypatch.setattr(nouns, "MODELS", ("no_such_model",))
+    english.english.cache_clear()
+    monkeypatch.setattr(english, "MODELS", ("no_such_model",))
     with pytest.raises(RuntimeError, match=r"pip install spacy.*as lines “subject \| sub-prompt” in manual"):
         decompose("a red car")
     lines = "* | a car and a car\n\n car #2 | a car and a (red:1.2) car\ncar, bench | a car on a bench"
@@ -193,7 +193,7 @@ def test_lines_by_hand_need_no_spacy(monkeypatch):
     assert decompose("a big car", manual=lines, order="simple first") == Branches("a big car", expected)
     kept = decompose("a big car", manual=lines, order="complex first").branches
     assert kept[:2] == (Branch("a big car"), Branch("a car and a car"))
-    nouns.english.cache_clear()
+    english.english.cache_clear()
 
 
 def test_the_summary_can_be_used_as_lines():
@@ -277,15 +277,15 @@ def test_values_of_saved_workflows(order, remove_then_add):
 
 
 def test_too_much_is_refused_at_once(monkeypatch):
-    monkeypatch.setattr(nouns, "MODELS", ("no_such_model",))
-    nouns.english.cache_clear()  # nothing is read
+    monkeypatch.setattr(english, "MODELS", ("no_such_model",))
+    english.english.cache_clear()  # nothing is read
     with pytest.raises(ValueError, match=rf"the prompt has {LONGEST + 1} characters; at most {LONGEST} are taken apart"):
         decompose("a" * (LONGEST + 1))
     with pytest.raises(ValueError, match="manual has 20001 characters"):
         decompose("a car", manual="*|" + "a" * 19_999)
     with pytest.raises(ValueError, match=rf"manual has {MOST + 1} lines, and at most {MOST}"):
         decompose("a car", manual="* | a car\n" * (MOST + 1))
-    nouns.english.cache_clear()
+    english.english.cache_clear()
 
 
 def test_too_many_branches_are_refused():

