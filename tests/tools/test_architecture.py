@@ -1,6 +1,7 @@
 """The rooms of the code: imports go one way, nothing goes round in a circle, and CONTRIBUTING shows what is there."""
 
 import ast
+import re
 import sys
 
 import pytest
@@ -58,3 +59,17 @@ def test_a_circle_and_a_way_up_are_seen():
     assert architecture.circle({"a": {"b"}, "b": {"c"}, "c": {"b"}}) == ["b", "c", "b"]
     assert architecture.circle({"a": {"b", "c"}, "b": {"c"}, "c": set()}) == []
     assert architecture.upwards({"methods.scfg": {"nodes.scfg"}}) == ["methods.scfg imports nodes.scfg"]
+
+
+def test_what_is_installed_is_every_room_but_the_tools():
+    text = (ROOT / "pyproject.toml").read_text(encoding="utf-8")
+    listed = re.findall(r'"(attune[\w.]*)"', re.search(r"^packages = \[(.*?)^\]", text, re.DOTALL | re.MULTILINE)[1])
+    rooms = [".".join(("attune", *folder.relative_to(ROOT).parts)) for folder in architecture.packages()]
+    assert sorted(listed) == sorted(["attune", *(name for name in rooms if not name.startswith("attune.tools"))])
+
+
+def test_the_registrys_package_has_no_tool_but_the_runtime():
+    left_out = (ROOT / ".comfyignore").read_text(encoding="utf-8").split()
+    for path in (ROOT / "tools").iterdir():
+        if path.name not in ("__init__.py", "__pycache__", "runtime"):
+            assert f"/tools/{path.name}{'/' if path.is_dir() else ''}" in left_out
