@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import Tensor
@@ -29,6 +29,8 @@ class AttentionCall:
         steps: how many the sampler makes, or None outside one.
         step: number of the sampling step, or None outside a sampler.
         run: the run's state, or None outside a sampling run.
+        forward: state of this forward alone, for whoever has to bring several of its calls together.
+        first_times: of each chunk, whether this is its first forward in this evaluation (see `Chunk`).
     """
 
     site: Site
@@ -43,6 +45,8 @@ class AttentionCall:
     steps: int | None
     step: int | None
     run: SamplingRun | None
+    forward: dict[Any, Any] = field(default_factory=dict)
+    first_times: tuple[bool, ...] = ()
 
     @property
     def height(self) -> int:
@@ -68,7 +72,9 @@ class AttentionCall:
     def parts(self, who: str = ALL) -> tuple[Chunk, ...]:
         """The chunks whose rows a request for ``cond``, ``uncond`` or ``all`` is given, in order."""
         wanted = None if who == ALL or (who == COND and self.perturbed) else 0 if who == COND else 1
-        return () if self.perturbed and who == UNCOND else chunks_of(self.batch, self.chunks, self.uuids, wanted)
+        return (
+            () if self.perturbed and who == UNCOND else chunks_of(self.batch, self.chunks, self.uuids, self.first_times, wanted)
+        )
 
     def rows(self, who: Rows) -> slice | list[int]:
         """Row numbers of a role, or of pictures in a forward of our own; a slice where it is everything."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from ...methods import attention as maths
 from .call import AttentionCall
 from .requests import EditWeights, ReadWeights, WeightsRequest
-from .tensors import CallTensors, index_or_slice, put
+from .tensors import CallTensors, index_or_slice, persistent, put
 
 
 class WeightsOfCall:
@@ -116,7 +116,8 @@ class WeightsOfCall:
         places = index_or_slice([self.edited_columns[c] for c in self._columns(request)], device)
         given = self.after[rows][..., places]
         folded = self._folded(given, request)
-        edited = request.edit(self.call, folded)
+        with persistent():
+            edited = request.edit(self.call, folded)
         if edited is None:
             return False
         new, factor = edited
@@ -175,5 +176,6 @@ def edit_and_read(
     reads = [r for r in requests[1] if weights.of_call(r)]
     out = weights.edit(edits, reads, out, block_replaced)
     for request in reads:
-        weights.read(request)
+        with persistent():
+            weights.read(request)
     return out

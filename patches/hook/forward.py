@@ -10,17 +10,19 @@ from typing import Any
 
 import torch
 from comfy.ldm.modules.attention import optimized_attention
-from torch import Tensor, nn
+from torch import Tensor
 
 from .blends import blend, ignored
 from .call import AttentionCall
 from .edits import edit_and_read
-from .families import family_of, sites
+from .families.base import Family
 from .requests import BlendOutputs, EditWeights, ReadWeights, Request, ShareMap
 from .run import EXTRA, RUN, SamplingRun, step_at
 from .sharing import SharedMaps
+from .sites import Site
 from .tensors import CallTensors, Kernel, index_or_slice
 
+OVERRIDE = "optimized_attention_override"  # ComfyUI's name of it
 PLACES = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")  # of ComfyUI's attention functions, after the heads
 
 
@@ -50,37 +52,41 @@ class Forward:
     Attributes:
         x, context: the model's input and text.
         options: of this forward alone.
-        name, kind: the place where the call that comes next is; no name where it is none of ours.
+        name: the site of the calls that come next; no name where they are none of ours.
+        kind: of the call that is going on.
+        to_come: kinds of the calls that come next, in order.
+        previous: another pack's override, which ours calls.
         shape: of the activations there, in a UNet.
     """
 
     def __init__(
-        self, diffusion_model: nn.Module, asked: Sequence[Request], x: Tensor, context: Tensor | None, options: dict[str, Any]
+        self,
+        family: Family,
+        asked: Sequence[Request],
+        x: Tensor,
+        context: Tensor | None,
+        options: dict[str, Any],
+        first_times: tuple[bool, ...] = (),
     ):
-        self.x, self.context, self.options = x, context, options
-        self.family = family_of(diffusion_model)
+        self.x, self.context, self.options, self.first_times = x, context, options, first_times
+        self.family = family
         self.run: SamplingRun | None = options.get(RUN)
         known = {} if self.run is None else self.run.sites
-        if id(diffusion_model) not in known:
-            known[id(diffusion_model)] = {site.name: site for site in sites(diffusion_model)}
-        self.by_name = known[id(diffusion_model)]
+        if id(family.model) not in known:
+            known[id(family.model)] = {site.name: site for site in family.sites()}
+        self.by_name = known[id(family.model)]
         self.by_place: dict[tuple[str, str], Requests] = {}
         for request in asked:
             for place in request.where:
                 self.by_place.setdefault(place, Requests()).add(request)
-        self.previous = options.get("optimized_attention_override")
+        self.previous = options.get(OVERRIDE)
+        self.state: dict[Any, Any] = {}
+        self.functions: dict[tuple[str, str], Callable[..., Tensor] | None] = {}
         self.name = self.kind = ""
         self.to_come: list[str] = []
         self.shape: Sequence[int] = ()
         self.busy = False
         self.shared: SharedMaps | None = None  # of the call that comes next, where its q and k are already fewer
-
-    @contextlib.contextmanager
-    def installed(self) -> Iterator[None]:
-        """Put the hook into this forward's options; take our marks off the modules afterwards."""
-        self.options["optimized_attention_override"] = self.override
-        with self.family.locating(self):
-            yield
 
     # --- which call is this? ---
 
@@ -88,9 +94,28 @@ class Forward:
         """The call that comes next is at this place."""
         self.name, self.to_come, self.shared = name, [kind], None
 
-    def enter(self, name: str) -> None:
-        """The calls that come next are those of this site, in its own order of kinds."""
+    @contextlib.contextmanager
+    def inside(self, name: str, options: dict[str, Any] | None) -> Iterator[None]:
+        """While the block of a site runs: its calls of attention, in the site's own order of kinds, come to us.
+
+        Outside of the blocks that somebody asks about there is no override of ours, so that ComfyUI attends there as if we were not.
+        """
+        options = {} if options is None else options
+        before = self.previous = options.get(OVERRIDE)
         self.name, self.to_come = name, list(self.by_name[name].kinds)
+        options[OVERRIDE] = self.override
+        try:
+            yield
+        finally:
+            self.name, self.to_come = "", []
+            if before is None:
+                options.pop(OVERRIDE, None)
+            else:
+                options[OVERRIDE] = before
+
+    def asked_sites(self) -> list[Site]:
+        """The sites that somebody asks about."""
+        return [site for site in self.by_name.values() if any((site.name, kind) in self.by_place for kind in site.kinds)]
 
     def needed(self, n: Tensor, context: Tensor) -> tuple[Tensor, Tensor]:
         """The rows of self-attention's input whose q and k are used: where rows share a map, only those it comes from."""
@@ -130,6 +155,7 @@ class Forward:
         if self.busy or self.name not in self.by_name or not self.to_come:
             return chained(q, k, v, heads, *args, **kwargs)
         self.kind = self.to_come.pop(0)
+        function = self._own_function() or function
         if (self.name, self.kind) not in self.by_place:
             return chained(q, k, v, heads, *args, **kwargs)
         settings = {**dict(zip(PLACES, args, strict=False)), **kwargs}
@@ -138,6 +164,21 @@ class Forward:
             return chained(q, k, v, heads, *args, **kwargs)
 
         return self._serve(CallTensors(q, k, v, heads, settings), Kernel(whole, chained, settings))
+
+    def _own_function(self) -> Callable[..., Tensor] | None:
+        """The kernel that a checkpoint asks for at this place, if any.
+
+        ComfyUI forgets about it as soon as there is an override, whatever that does; with another pack's override it would have been
+        forgotten without us.
+        """
+        if self.previous is not None:
+            return None
+        place = (self.name, self.kind)
+        if place not in self.functions:
+            module = self.family.attention_module(self.by_name[self.name], self.kind)
+            choices = (getattr(m, "comfy_attention", None) for m in module.modules())
+            self.functions[place] = getattr(next((c for c in choices if c is not None), None), "function", None)
+        return self.functions[place]
 
     def _call(self, batch: int, queries: int, keys: int) -> AttentionCall:
         """Grid, tokens, rows and step of the attention call that is going on."""
@@ -156,6 +197,8 @@ class Forward:
             steps=None if schedule is None else len(schedule) - 1,
             step=self.step,
             run=self.run,
+            forward=self.state,
+            first_times=self.first_times,
         )
 
     @cached_property

@@ -2,18 +2,20 @@
 
 from __future__ import annotations
 
-import contextlib
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import comfy.patcher_extension
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import prefix_cache
-from .families import family, sites
+from .families import family, family_of, sites
+from .families.base import Block
 from .forward import Forward
 from .requests import ReadWeights, Request
 from .run import EXTRA, RUN, ExtraForward, SamplingRun
 from .sites import Site
+from .views import Around, through, view, with_blocks
 
 KEY = "attune"  # of our wrappers
 REQUESTS = "attune"  # in transformer_options
@@ -27,7 +29,10 @@ def request(model: ModelPatcher, *requests: Request) -> None:
 
     Raises:
         RuntimeError: when this ComfyUI is too old to carry the hook.
+        ValueError: for a site, a kind of attention or a head that this model does not have.
     """
+    _, known = model_sites(model)
+    _check({site.name: site for site in known}, requests)
     install(model)
     options = model.model_options.setdefault("transformer_options", {})
     options[REQUESTS] = (*options.get(REQUESTS, ()), *requests)
@@ -40,11 +45,27 @@ def install(model: ModelPatcher) -> None:
         RuntimeError: when this ComfyUI is too old to carry the hook.
     """
     wrappers = comfy.patcher_extension.WrappersMP
-    if not hasattr(wrappers, "APPLY_MODEL") or not hasattr(model, "add_wrapper_with_key"):
+    if not hasattr(wrappers, "PREDICT_NOISE") or not hasattr(model, "add_wrapper_with_key"):
         raise RuntimeError(f"Attune needs {MINIMUM} or newer: please update ComfyUI.")
-    for kind, wrapper in ((wrappers.OUTER_SAMPLE, _outer_sample), (wrappers.APPLY_MODEL, _apply_model)):
+    ours = (
+        (wrappers.OUTER_SAMPLE, _outer_sample),
+        (wrappers.PREDICT_NOISE, _predict_noise),
+        (wrappers.APPLY_MODEL, _apply_model),
+    )
+    for kind, wrapper in ours:
         if not model.wrappers.get(kind, {}).get(KEY):
             model.add_wrapper_with_key(kind, KEY, wrapper)
+
+
+def _check(sites: Mapping[str, Site], requests: Sequence[Request]) -> None:
+    for (name, kind), heads in ((place, heads) for r in requests for place, heads in r.where.items()):
+        if name not in sites:
+            raise ValueError(f"there is no attention at “{name}” in this model; it has {', '.join(sites)}.")
+        site = sites[name]
+        if kind not in site.kinds:
+            raise ValueError(f"there is no “{kind}” attention at {name} in this model; it has {', '.join(site.kinds)} there.")
+        if heads is not None and any(not 0 <= n < site.heads for n in heads):
+            raise ValueError(f"{name} has heads 0 to {site.heads - 1} in this model, not {max(heads)}.")
 
 
 def model_sites(model: ModelPatcher) -> tuple[str, tuple[Site, ...]]:
@@ -76,6 +97,14 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     return out
 
 
+def _predict_noise(executor: Any, *args: Any, **kwargs: Any) -> Any:
+    """PREDICT_NOISE: count the sampler's calls of the guider, so that a run knows what belongs to one of them."""
+    run: SamplingRun | None = executor.class_obj.model_options.get("transformer_options", {}).get(RUN)
+    if run is not None:
+        run.evaluation += 1
+    return executor(*args, **kwargs)
+
+
 def _apply_model(
     executor: Any,
     x: Tensor,
@@ -99,11 +128,25 @@ def _apply_model(
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
     options = options.copy()
-    with contextlib.ExitStack() as stack:
-        if asked:
-            stack.enter_context(Forward(base.diffusion_model, asked, x, c_crossattn, options).installed())
-        if run is not None and prefixes:
-            stack.enter_context(run.prefixes.record(base.diffusion_model, prefixes, x, options))
-        if run is not None and own is not None and own.replay_before is not None:
-            stack.enter_context(run.prefixes.replay(base.diffusion_model, own.replay_before, x, options, own.rows))
+    family = family_of(getattr(base.diffusion_model, "_orig_mod", base.diffusion_model))  # not compiled
+    first_times = () if run is None or own else run.first_times(options)
+    blocks: dict[Block, nn.Module] = {}
+    if run is not None and own is not None and own.replay_before is not None:
+        blocks = run.prefixes.stand_ins(family, own.replay_before, x, options, own.rows)
+    elif run is not None and prefixes:
+        blocks = run.prefixes.recorders(family, prefixes, x, options, first_times)
+    if asked:
+        forward = Forward(family, asked, x, c_crossattn, options, first_times)
+        for block, act in family.locate(forward).items():
+            if own is None or block not in blocks:  # a block that is replayed attends to nothing
+                blocks[block] = Around(blocks.get(block, family.block(block)), act)
+    if not blocks:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    model = with_blocks(family.model, family.attributes, blocks)
+    go_on = through(executor, view(base, {"diffusion_model": model}))
+    if go_on is None:
+        raise RuntimeError(
+            "Attune cannot find the model's attention layers, since another node has put a function of its own in place of the model's; take "
+            "that node out."
+        )
+    return go_on(x, t, c_concat, c_crossattn, control, options, **kwargs)

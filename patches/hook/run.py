@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -20,8 +21,16 @@ EXTRA = "attune_pass"  # in transformer_options: the `ExtraForward`
 class SamplingRun:
     """What lives while one sampling run lasts: recorded prefixes and every method's own state.
 
-    ``conds`` are the guider's conditionings by role, ``sites`` the places of the models met so far; ``finished`` is called, in
-    order, after a run that came to its end; ``seed`` is the sampler's, or None where it has none.
+    Forwards of one run may go on at once, on threads and on copies of the model (ComfyUI gives each device its own), so state is kept by what
+    it is of, never by the identity of tensors.
+
+    Attributes:
+        conds: the guider's conditionings by role.
+        sites: the places of the models met so far.
+        state: every method's own.
+        finished: called, in order, after a run that came to its end.
+        seed: the sampler's, or None where it has none.
+        evaluation: number of the sampler's call of the guider that is going on, from 1; 0 where the guider does not say.
     """
 
     conds: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
@@ -30,6 +39,32 @@ class SamplingRun:
     state: dict[Any, Any] = field(default_factory=dict)
     finished: list[Callable[[], None]] = field(default_factory=list)
     seed: int | None = None
+    evaluation: int = 0
+    lock: threading.Lock = field(default_factory=threading.Lock)
+    met: set[Any] = field(default_factory=set)
+    met_in: Any = None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SamplingRun:
+        """Cloning a model copies what is on it: a run is one, whoever copies its options."""
+        return self
+
+    def first_times(self, options: Mapping[str, Any]) -> tuple[bool, ...]:
+        """Of each chunk of a forward that begins, whether its conditioning was not run before in this evaluation.
+
+        Later forwards of it are other packs' own passes. To be asked once a forward.
+        """
+        roles, uuids, sigmas = (options.get(name) for name in ("cond_or_uncond", "uuids", "sigmas"))
+        evaluation: Any = self.evaluation
+        if not evaluation and sigmas is not None:  # a guider that ComfyUI's wrappers do not see
+            evaluation = ("noise level", float(sigmas.flatten()[0]))
+        with self.lock:
+            if self.met_in != evaluation:
+                self.met_in = evaluation
+                self.met.clear()
+            chunks = tuple(zip(uuids or (), roles or (), strict=False))
+            out = tuple(chunk not in self.met for chunk in chunks)
+            self.met.update(chunks)
+        return out
 
 
 @dataclass(frozen=True)

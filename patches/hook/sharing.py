@@ -12,7 +12,7 @@ from torch import Tensor
 from ...methods import attention as maths
 from .call import AttentionCall
 from .requests import MapSource, ShareMap
-from .tensors import CallTensors, Kernel, index_or_slice
+from .tensors import CallTensors, Kernel, index_or_slice, persistent
 
 
 @dataclass(frozen=True)
@@ -65,7 +65,8 @@ class SharedMaps:
         for answer in self.answers:
             if answer.listener is not None:
                 which = index_or_slice([place[row] for row in answer.keep], q.device)
-                answer.listener(q[which].clone(), k[which].clone())
+                with persistent():
+                    answer.listener(q[which].clone(), k[which].clone())
         if self.kept:
             q, k = (torch.cat([own, *more]) for own, more in zip((q, k), zip(*self.kept, strict=True), strict=True))
         batch = len(self.rows)

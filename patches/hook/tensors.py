@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any
 
+import comfy
 import torch
 from torch import Tensor
 
@@ -31,6 +33,15 @@ def put(whole: Tensor, dim: int, places: Any, new: Tensor) -> Tensor:
     if places == slice(0, whole.shape[dim]):
         return new
     return whole.slice_scatter(new, dim, places.start, places.stop)
+
+
+def persistent() -> contextlib.AbstractContextManager[Any]:
+    """While this lasts, tensors may be made that outlive the block that is running.
+
+    Newer versions of ComfyUI plan the memory of a block ahead, and have to be told.
+    """
+    pause = getattr(getattr(comfy, "model_prefetch", None), "pause_malloc_graph", None)
+    return contextlib.nullcontext() if pause is None else pause()
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,5 @@
 """SoftPAG in real sampling runs: parity with core's PAG, naïve references, reuse, neighbours, cost."""
 
-import contextlib
-
 import comfy.controlnet
 import comfy.ops
 import comfy.samplers
@@ -16,6 +14,7 @@ from attune.patches import softpag
 from attune.patches.hook import prefix_cache
 from attune.patches.hook.families import family_of
 from attune.patches.hook.install import model_sites
+from attune.patches.hook.views import with_blocks
 from attune.server import layouts
 from attune.tests import families
 from attune.tests.families import heads_of
@@ -305,7 +304,7 @@ def test_nothing_before_the_first_perturbed_block_runs_twice(name, site, first, 
     assert [counter.runs[b] for b in counter.order[:place]] == [2] * place
     assert [counter.runs[b] for b in counter.order[place:]] == [4] * (len(counter.order) - place)
     monkeypatch.setattr(prefix_cache.PrefixCache, "_recorded", lambda *_: None)
-    close(fast, sample(patched, steps=2), 1e-5)
+    close(fast, sample(patched, steps=2), 5e-5)  # a batch of two rows is not multiplied as two of one are
 
 
 def test_two_nodes_add_up_and_both_reuse():
@@ -438,22 +437,23 @@ def test_cost_on_sd15_at_512(first, limit, monkeypatch):
         device="meta",
         operations=comfy.ops.disable_weight_init,
     )
-    prefixes = prefix_cache.PrefixCache()
+    prefixes, family = prefix_cache.PrefixCache(), family_of(unet)
 
     def attend(function, q, k, v, heads, *args, **kwargs):
         q, k, v = (x.unflatten(-1, (heads, -1)).transpose(1, 2) for x in (q, k, v))
         return (q @ k.transpose(-1, -2) @ v).transpose(1, 2).flatten(2)
 
-    def cost(roles, around):
+    def cost(roles, blocks):
         rows = len(roles)
         x, t, c = (torch.empty(rows, *shape, device="meta") for shape in ((4, 64, 64), (), (77, 768)))
         options = {"cond_or_uncond": roles, "uuids": roles, "sigmas": torch.ones(1), "optimized_attention_override": attend}
-        with FlopCounterMode(display=False) as counter, torch.no_grad(), around(x, options):
-            unet(x, t, context=c, transformer_options=options)
+        model = with_blocks(unet, family.attributes, blocks(x, options))
+        with FlopCounterMode(display=False) as counter, torch.no_grad():
+            model(x, t, context=c, transformer_options=options)
         return counter.get_total_flops()
 
-    plain = cost([1, 0], lambda x, options: prefixes.record(unet, [first], x, options))
-    perturbed = cost([0], lambda x, options: prefixes.replay(unet, first, x, options))
+    plain = cost([1, 0], lambda x, options: prefixes.recorders(family, [first], x, options))
+    perturbed = cost([0], lambda x, options: prefixes.stand_ins(family, first, x, options))
     assert prefixes.replays == 1
     assert 1.0 < (plain + perturbed) / plain <= limit
-    assert cost([0], lambda *_: contextlib.nullcontext()) == pytest.approx(plain / 2)
+    assert cost([0], lambda *_: {}) == pytest.approx(plain / 2)

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import nn
+from torch import Tensor, nn
 
 from ..sites import Site
+from ..views import Around
 
 if TYPE_CHECKING:
     from ..forward import Forward
@@ -54,11 +54,16 @@ class Family:
     @classmethod
     def fits(cls, diffusion_model: nn.Module) -> bool:
         """Whether a diffusion model is of this kind."""
-        return all(hasattr(diffusion_model, a) for a in (*cls.known_by, *(held for held, _ in cls.containers)))
+        return all(hasattr(diffusion_model, a) for a in (*cls.known_by, *dict(cls.containers)))
+
+    @property
+    def attributes(self) -> Iterable[str]:
+        """The containers' names."""
+        return (attribute for attribute, _ in self.containers)
 
     def blocks(self) -> list[Block]:
         """The model's blocks in order of execution."""
-        return [(attribute, i) for attribute, _ in self.containers for i in range(len(getattr(self.model, attribute)))]
+        return [(attribute, i) for attribute in self.attributes for i in range(len(getattr(self.model, attribute)))]
 
     def block(self, block: Block) -> Any:
         """The module of a block."""
@@ -68,13 +73,45 @@ class Family:
         """Every site, in order of execution."""
         raise NotImplementedError
 
-    def locating(self, forward: Forward) -> contextlib.AbstractContextManager[None]:
-        """Make a forward know at every call of attention where it is (`Forward.at`), while it lasts."""
+    def locate(self, forward: Forward) -> dict[Block, Callable[..., Any]]:
+        """Make a forward know where it is at every call of attention that somebody asks about.
+
+        In the options of this forward, or by what is returned: what to do around blocks, as in `Around`.
+        """
+        raise NotImplementedError
+
+    def attention_module(self, site: Site, kind: str) -> Any:
+        """The module that attends at a place, or one that holds it."""
+        return self.block(site.block)
+
+    def recorder(self, block: Block, keep: Callable[[tuple[Tensor, ...]], None]) -> nn.Module:
+        """A block that hands its outputs to ``keep``, and is otherwise itself."""
+        raise NotImplementedError
+
+    def replay(self, block: Block, recorded: tuple[Tensor, ...] | None) -> nn.Module:
+        """What stands for a block that is not run: it gives what was recorded, or hands on what it is given."""
         raise NotImplementedError
 
     def tokens(self, forward: Forward, queries: int, keys: int) -> Tokens:
         """What the tokens of the call that is going on are."""
         raise NotImplementedError
+
+
+class Replayed(nn.Module):
+    """Stands in for a transformer's block: returns what was recorded, or what the block before it gave."""
+
+    def __init__(self, recorded: tuple[Tensor, ...] | None):
+        super().__init__()
+        self.recorded = recorded
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        if self.recorded is not None:
+            # A copy: ComfyUI adds ControlNet's residuals in place.
+            copies = tuple(t.clone() for t in self.recorded)
+            return copies if len(copies) > 1 else copies[0]
+        if "img" in kwargs:
+            return kwargs["img"], kwargs["txt"]
+        return args[:2] if len(args) > 1 else args[0]
 
 
 class Transformer(Family):
@@ -96,24 +133,26 @@ class Transformer(Family):
         """A block's keywords while calls in it are counted."""
         return kwargs
 
-    @contextlib.contextmanager
-    def locating(self, forward: Forward) -> Iterator[None]:
-        handles = []
+    def locate(self, forward: Forward) -> dict[Block, Callable[..., Any]]:
+        def entering(site: Site) -> Callable[..., Any]:
+            def act(block: nn.Module, *args: Any, **kwargs: Any) -> Any:
+                with forward.inside(site.name, kwargs.get("transformer_options")):
+                    return block(*args, **self.arguments(kwargs))
 
-        def marker(name: str) -> Callable[..., Any]:
-            def mark(module: nn.Module, args: Any, kwargs: dict[str, Any]) -> Any:
-                forward.enter(name)
-                return args, self.arguments(kwargs)
+            return act
 
-            return mark
+        return {site.block: entering(site) for site in forward.asked_sites()}
 
-        for site in forward.by_name.values():
-            handles.append(self.block(site.block).register_forward_pre_hook(marker(site.name), with_kwargs=True))
-        try:
-            yield
-        finally:
-            for handle in handles:
-                handle.remove()
+    def recorder(self, block: Block, keep: Callable[[tuple[Tensor, ...]], None]) -> nn.Module:
+        def act(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
+            out = module(*args, **kwargs)
+            keep(out if isinstance(out, tuple) else (out,))
+            return out
+
+        return Around(self.block(block), act)
+
+    def replay(self, block: Block, recorded: tuple[Tensor, ...] | None) -> nn.Module:
+        return Replayed(recorded)
 
     def text_before(self, forward: Forward, joint: int) -> tuple[int, int]:
         """Tokens before the image, and how many of them, at their end, are the prompt's; ``joint`` tokens are not of the image."""

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
 
-from .base import Transformer
+from .base import Block, Transformer
 
 if TYPE_CHECKING:
     from ..forward import Forward
@@ -33,16 +32,14 @@ class Flux(Transformer):
     def attention(self, block: Any) -> tuple[int, tuple[str, ...]]:
         return block.num_heads, ("joint",)
 
-    @contextlib.contextmanager
-    def locating(self, forward: Forward) -> Iterator[None]:
+    def locate(self, forward: Forward) -> dict[Block, Callable[..., Any]]:
         def count(args: dict[str, Any]) -> dict[str, Any]:
             self.before = args["txt"].shape[1]
             return args
 
         patches = dict(forward.options.get("patches", {}))
         forward.options["patches"] = {**patches, "post_input": [*patches.get("post_input", ()), count]}
-        with super().locating(forward):
-            yield
+        return super().locate(forward)
 
     def text_before(self, forward: Forward, joint: int) -> tuple[int, int]:
         if forward.context is None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from ..sites import Site
 from .base import Transformer
 
 
@@ -17,6 +18,10 @@ class SD3(Transformer):
     def attention(self, block: Any) -> tuple[int, tuple[str, ...]]:
         twice = getattr(block.x_block, "x_block_self_attn", False)
         return block.x_block.attn.num_heads, ("joint", "self") if twice else ("joint",)
+
+    def attention_module(self, site: Site, kind: str) -> Any:
+        block = self.block(site.block).x_block
+        return block.attn2 if kind == "self" else block.attn
 
     def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         # These blocks checkpoint themselves under gradients; run again, they would count our calls twice.

@@ -2,17 +2,58 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+from comfy.ldm.modules.attention import SpatialTransformer
+from torch import Tensor, nn
 
 from ..sites import Site
 from .base import Block, Family, Tokens
 
 if TYPE_CHECKING:
     from ..forward import Forward
+
+
+class _Recorder(nn.Module):
+    """A last layer of a block."""
+
+    def __init__(self, keep: Callable[[tuple[Tensor, ...]], None]):
+        super().__init__()
+        self.keep = keep
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.keep((x,))
+        return x
+
+
+class _Replayed(nn.Module):
+    """The only layer of a block that gives what was recorded."""
+
+    def __init__(self, recorded: tuple[Tensor, ...] | None):
+        super().__init__()
+        self.recorded = recorded
+
+    def forward(self, x: Tensor) -> Tensor:
+        # A copy: ComfyUI adds ControlNet's residuals in place.
+        return x if self.recorded is None else self.recorded[0].clone()
+
+
+class _SkippedTransformer(SpatialTransformer):
+    """Does nothing for the picture, and leaves in the options what the transformer that it stands for leaves there.
+
+    ComfyUI itself counts layers of this class in ``transformer_index``.
+    """
+
+    def __init__(self, skipped: SpatialTransformer):
+        nn.Module.__init__(self)
+        self.channels, self.depth = skipped.in_channels, len(skipped.transformer_blocks)
+
+    def forward(self, x: Tensor, context: Any = None, transformer_options: Any = None, *args: Any, **kwargs: Any) -> Tensor:
+        if transformer_options is not None:
+            transformer_options["activations_shape"] = [x.shape[0], self.channels, *x.shape[2:]]
+            transformer_options["block_index"] = self.depth - 1
+        return x
 
 
 class UNet(Family):
@@ -25,7 +66,7 @@ class UNet(Family):
 
     def blocks(self) -> list[Block]:
         found: list[Block] = []
-        for attribute, _ in self.containers:
+        for attribute in self.attributes:
             held = getattr(self.model, attribute)
             count = 0 if held is None else 1 if attribute == "middle_block" else len(held)
             found += [(attribute, number) for number in range(count)]
@@ -46,8 +87,7 @@ class UNet(Family):
                     found.append(Site(name, transformer.n_heads, kinds, len(found), block, stride))
         return found
 
-    @contextlib.contextmanager
-    def locating(self, forward: Forward) -> Iterator[None]:
+    def locate(self, forward: Forward) -> dict[Block, Callable[..., Any]]:
         """Blocks say where they are in ``attn*_patch``; blocks that a ``patches_replace`` owns are met around the owner."""
         options = forward.options
         patches = dict(options.get("patches", {}))
@@ -57,7 +97,23 @@ class UNet(Family):
             for block, owner in replaced.get(name, {}).items():
                 replaced[name][block] = self._around(forward, kind, owner)
         options["patches"], options["patches_replace"] = patches, replaced
-        yield
+        options["optimized_attention_override"] = forward.override
+        return {}
+
+    def attention_module(self, site: Site, kind: str) -> Any:
+        number = int(site.name.rpartition(".")[2])
+        layers = (getattr(layer, "transformer_blocks", ()) for layer in self.block(site.block))
+        transformer = [t for held in layers for t in held][number]
+        return transformer.attn1 if kind == "self" else transformer.attn2
+
+    def recorder(self, block: Block, keep: Callable[[tuple[Tensor, ...]], None]) -> nn.Module:
+        layers = self.block(block)
+        return type(layers)(*layers, _Recorder(keep))
+
+    def replay(self, block: Block, recorded: tuple[Tensor, ...] | None) -> nn.Module:
+        layers = self.block(block)
+        skipped = [_SkippedTransformer(layer) for layer in layers if isinstance(layer, SpatialTransformer)]
+        return type(layers)(*skipped, _Replayed(recorded))
 
     def _mark(self, forward: Forward, kind: str) -> Callable[..., Any]:
         def patch(n: Tensor, context: Any, value: Any, extra: dict[str, Any]) -> Any:

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from attune.patches.hook import install as hook
+from attune.patches.hook.families import family_of
 from attune.patches.hook.forward import Forward
 from attune.patches.hook.install import model_sites, request
 from attune.patches.hook.requests import BlendOutputs, EditWeights, ReadWeights, ShareMap, Span
@@ -290,7 +291,7 @@ def test_backends_layouts_and_masks(backend, layout, masked):
         BlendOutputs({CROSS: (3,)}, lambda call, heads: heads.out * 2),
     ]
     options = {"cond_or_uncond": [1, 0]}
-    forward = Forward(model.model.diffusion_model, asked, torch.zeros(2, 4, 8, 8), None, options)
+    forward = Forward(family_of(model.model.diffusion_model), asked, torch.zeros(2, 4, 8, 8), None, options)
     forward.at(*CROSS)
     forward.shape = [2, 32, 4, 4]
     settings = {"mask": mask} if masked else {}

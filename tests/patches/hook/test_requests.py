@@ -12,6 +12,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attune.patches.hook.families import family_of
 from attune.patches.hook.forward import Forward
 from attune.patches.hook.install import request
 from attune.patches.hook.requests import BlendOutputs, EditWeights, ReadWeights, Request, ShareMap
@@ -138,7 +139,7 @@ def test_what_follows_a_share_works_on_the_map_of_the_other_row(masked: str) -> 
         ReadWeights({CROSS: None}, lambda call, w: maps.append(w)),
         BlendOutputs({CROSS: (2,)}, lambda call, heads: heads.out * 2),
     ]
-    forward = Forward(model.model.diffusion_model, asked, torch.zeros(3, 4, 8, 8), None, {"cond_or_uncond": [0]})
+    forward = Forward(family_of(model.model.diffusion_model), asked, torch.zeros(3, 4, 8, 8), None, {"cond_or_uncond": [0]})
     forward.at(*CROSS)
     forward.shape = [3, 32, 4, 4]
     out = forward.override(backends.attention_pytorch, q, k, v, 4, **settings)
@@ -641,7 +642,9 @@ def test_all_verbs_with_grouped_queries() -> None:
             maps: list[Tensor] = []
             read = ReadWeights({CROSS: None}, lambda call, w, maps=maps: maps.append(w))
             asked = [*([share] if shares else []), edit, read, blend]
-            forward = Forward(model.model.diffusion_model, asked, torch.zeros(2, 4, 8, 8), None, {"cond_or_uncond": [1, 0]})
+            forward = Forward(
+                family_of(model.model.diffusion_model), asked, torch.zeros(2, 4, 8, 8), None, {"cond_or_uncond": [1, 0]}
+            )
             forward.at(*CROSS)
             forward.shape = [2, 32, 4, 4]
             given, settings = (q, k, v), {"skip_reshape": True, "skip_output_reshape": True, "enable_gqa": True}
@@ -663,7 +666,7 @@ def test_a_mask_given_by_place_counts() -> None:
     mask = 2 * torch.randn(16, 6, generator=generator)
     maps: list[Tensor] = []
     read = ReadWeights({CROSS: None}, lambda call, w: maps.append(w))
-    forward = Forward(model.model.diffusion_model, [read], torch.zeros(2, 4, 8, 8), None, {"cond_or_uncond": [1, 0]})
+    forward = Forward(family_of(model.model.diffusion_model), [read], torch.zeros(2, 4, 8, 8), None, {"cond_or_uncond": [1, 0]})
     forward.at(*CROSS)
     forward.shape = [2, 32, 4, 4]
     forward.override(backends.attention_pytorch, q, k, v, 4, mask)
