@@ -82,6 +82,14 @@ def test_a_copied_method_works(pack):
     assert not torch.equal(ours, families.sample(model))
 
 
+def test_the_example_of_the_hook_runs(capsys):
+    (code,) = re.findall(r"```python\n(.*?)```", TEXT, re.DOTALL)
+    given = {"model": families.shared("sd15")}
+    exec(code, given)
+    families.sample(given["patched"], size=(8, 12), steps=2)
+    assert capsys.readouterr().out == "middle.0.0 4 6 torch.Size([1, 24, 7])\n"
+
+
 ALONE = """
 import sys
 
