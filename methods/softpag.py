@@ -314,12 +314,11 @@ def _moved(heads: Attention, tokens: Tokens, rows: slice, u: float, target: str,
         mean = _logits(queries(target, heads.q, rows, tokens, temperature), keys, heads.scale)
     parts = []
     for at in _parts(own, keys):
-        logits = _logits(own[..., at, :], keys, heads.scale)
-        hidden: Tensor | float = 0.0
+        a, mean_here = _logits(own[..., at, :], keys, heads.scale), mean
         if heads.mask is not None:
             hidden = heads.mask if heads.mask.shape[-2] == 1 else heads.mask[..., rows, :][..., at, :]
-        a = logits + hidden
-        b = target_map(target, a, None if mean is None else mean + hidden, rows.start + at.start, tokens, temperature)
+            a, mean_here = a + hidden, None if mean is None else mean + hidden
+        b = target_map(target, a, mean_here, rows.start + at.start, tokens, temperature)
         if path == "log-linear" and u < 1 and target not in _LOGITS:
             b = b * (1 - DIRAC * b.shape[-1]) + DIRAC
         parts.append((b if u == 1 else PATHS[path](a.softmax(-1), b, u)) @ values)

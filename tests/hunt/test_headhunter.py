@@ -548,6 +548,16 @@ def test_a_model_with_maps_that_are_read_is_refused_before_the_first_step(node, 
         engine_of(name, model=model)
 
 
+def test_scores_of_joint_attention_mean_something_else_than_before():
+    """Once text rows stayed as they were: logs of then are of other settings; a UNet's go on."""
+    assert [engine_of(name).identities()[0][0].get("tokens") for name in ("sd15", "sdxl", "sd3", "flux")] == [
+        None,
+        None,
+        "all",
+        "all",
+    ]
+
+
 def test_the_scale_is_the_familys_own():
     for name, scale in (("sd15", 3.0), ("sd3", 3.0), ("flux", 8.0)):
         assert engine_of(name, Settings(steps=1)).settings.scale == scale
