@@ -31,30 +31,30 @@ class _OfFolder(AttuneNode):
         return io.NodeOutput(cls.scorer(folder))
 
 
+def _schema(node_id: str, display_name: str, description: str, holds: str, gives: str) -> io.Schema:
+    """What the nodes of a model folder show: ``holds`` says of the folder, and ``gives`` of the scores, what they are."""
+    return io.Schema(
+        node_id=node_id,
+        display_name=display_name,
+        category="Attune",
+        description=description,
+        inputs=[io.Combo.Input("folder", options=folder_names(SCORERS), tooltip=f"A folder in models/{SCORERS} with {holds}")],
+        outputs=[AttuneScorerType.Output(display_name="scorer", tooltip=gives)],
+    )
+
+
 class AttuneClipScorer(_OfFolder):
     scorer = ClipScorer
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return _schema(
             node_id="AttuneClipScorer",
             display_name="CLIP Scorer",
-            category="Attune",
             description="How well a picture shows a text, by a CLIP or SigLIP model of yours. Nothing is downloaded.",
-            inputs=[
-                io.Combo.Input(
-                    "folder",
-                    options=folder_names(SCORERS),
-                    tooltip=f"A folder in models/{SCORERS} with a whole CLIP or SigLIP model as Hugging Face has it: config.json, "
-                    "model.safetensors, tokenizer and preprocessor files. Press R after adding one.",
-                )
-            ],
-            outputs=[
-                AttuneScorerType.Output(
-                    display_name="scorer",
-                    tooltip="Gives cosines, usually 0.15 to 0.35 with CLIP; for Score Images and the rest.",
-                )
-            ],
+            holds="a whole CLIP or SigLIP model as Hugging Face has it: config.json, model.safetensors, tokenizer and preprocessor files. "
+            "Press R after adding one.",
+            gives="Gives cosines, usually 0.15 to 0.35 with CLIP; for Score Images and the rest.",
         )
 
 
@@ -63,26 +63,14 @@ class AttunePreferenceScorer(_OfFolder):
 
     @classmethod
     def define_schema(cls) -> io.Schema:
-        return io.Schema(
+        return _schema(
             node_id="AttunePreferenceScorer",
             display_name="Preference Scorer",
-            category="Attune",
             description="Which picture people would prefer for a text, by a model tuned on people's choices, such as PickScore. Nothing is "
             "downloaded.",
-            inputs=[
-                io.Combo.Input(
-                    "folder",
-                    options=folder_names(SCORERS),
-                    tooltip=f"A folder in models/{SCORERS} with PickScore or another preference-tuned CLIP as Hugging Face has it; or a CLIP "
-                    "with a head.safetensors beside it, an MLP on its vectors.",
-                )
-            ],
-            outputs=[
-                AttuneScorerType.Output(
-                    display_name="scorer",
-                    tooltip="Gives rewards: higher is preferred. Only differences between pictures of one text mean something.",
-                )
-            ],
+            holds="PickScore or another preference-tuned CLIP as Hugging Face has it; or a CLIP with a head.safetensors beside it, an MLP on "
+            "its vectors.",
+            gives="Gives rewards: higher is preferred. Only differences between pictures of one text mean something.",
         )
 
 

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from ..methods import scores as maths
+from ..methods.scores import PAIR, Box, around, clip_iqa, crop, within
 from .detector import Detector
 from .scorers import Scorer
 
@@ -28,7 +28,7 @@ def score(images: Tensor, text: str, scorer: Scorer, metric: str) -> Tensor:
             "Connect CLIP Scorer, or Demo Scorer set to similarity, or choose the metric preference."
         )
     if metric == "clip_iqa":
-        return maths.clip_iqa(scorer.scores(images, antonyms(text)), scorer.scale)
+        return clip_iqa(scorer.scores(images, antonyms(text)), scorer.scale)
     if not text.strip():
         raise ValueError(f"Score Images: {metric} needs the text that the pictures should show; the text is empty.")
     found = scorer.scores(images, [text])[:, 0]
@@ -42,7 +42,7 @@ def antonyms(text: str) -> tuple[str, str]:
         ValueError: when a side is empty or there are more than two.
     """
     if "|" not in text:
-        return maths.PAIR
+        return PAIR
     sides = [side.strip() for side in text.split("|")]
     if len(sides) != 2 or not all(sides):
         raise ValueError(f"Score Images: clip_iqa takes two opposites, as in “Bright photo. | Dark photo.”, and not “{text}”.")
@@ -100,7 +100,7 @@ def style_score(
     for b in range(count):
         for p, phrase in enumerate(phrases):
             box = _box(images[b], phrase, p * count + b, detector, masks)
-            found[b, p] = scorer.scores(maths.crop(images[b], box)[None], [phrase])[0, 0]
+            found[b, p] = scorer.scores(crop(images[b], box)[None], [phrase])[0, 0]
             rows.append(
                 (b + 1, phrase, "whole picture" if box is None else "{}, {} to {}, {}".format(*box), float(found[b, p]))
             )
@@ -109,14 +109,14 @@ def style_score(
     return each, table(("picture", "part", "where", "score"), rows)
 
 
-def _box(picture: Tensor, phrase: str, index: int, detector: Detector | None, masks: Tensor | None) -> maths.Box | None:
+def _box(picture: Tensor, phrase: str, index: int, detector: Detector | None, masks: Tensor | None) -> Box | None:
     height, width = picture.shape[:2]
     if masks is not None:
         if index >= len(masks):
             return None
         mask = torch.nn.functional.interpolate(masks[index][None, None].float(), (height, width), mode="nearest")[0, 0]
-        box = maths.around(mask)
-        return None if box is None else maths.within(box, height, width)
+        box = around(mask)
+        return None if box is None else within(box, height, width)
     assert detector is not None
     hit = detector.find(picture, thing(phrase))
     return None if hit is None else hit[0]

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from safetensors import safe_open
 from torch import Tensor, nn
 
-from ..methods import scores as maths
+from ..methods.scores import Head, cosines, preference
 from .folders import HEAD, PREPROCESSOR, SCORERS, TOKENIZER, digest, files_of, model_folder, network_of_folder, part_of_folder
 
 CHUNK = 16  # pictures that go through a model at once
@@ -140,7 +140,7 @@ class ClipScorer(Scorer):
         return 100.0 if known is None else float(known.detach().float().exp())
 
     def scores(self, images: Tensor, texts: Sequence[str]) -> Tensor:
-        return maths.cosines(self.features(images), self.text_features(texts))
+        return cosines(self.features(images), self.text_features(texts))
 
     def features(self, images: Tensor) -> Tensor:
         out = []
@@ -192,10 +192,10 @@ class PreferenceScorer(ClipScorer):
 
     def scores(self, images: Tensor, texts: Sequence[str]) -> Tensor:
         seen, said = self.features(images), self.text_features(texts)
-        return maths.preference(seen, said, self.scale) if self.head is None else self.head.rewards(seen, said)
+        return preference(seen, said, self.scale) if self.head is None else self.head.rewards(seen, said)
 
 
-def _head(path: Path) -> maths.Head | None:
+def _head(path: Path) -> Head | None:
     file_path = path / HEAD
     if not file_path.is_file():
         return None
@@ -203,6 +203,6 @@ def _head(path: Path) -> maths.Head | None:
         with safe_open(str(file_path), framework="pt") as file:
             state = {k: file.get_tensor(k).float() for k in file.keys()}  # noqa: SIM118
             metadata = file.metadata() or {}
-        return maths.Head.of(state, metadata)
+        return Head.of(state, metadata)
     except Exception as error:
         raise ValueError(f"Preference Scorer: {HEAD} in “{path.name}” cannot be used: {error}") from None

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 from ..language.decompose import decompose, order_of
-from . import layouts
+from .layouts import UntoldError, of_config, of_file, preset
 from .previews import listen
 from .widgets import branches_told
 
@@ -34,7 +34,7 @@ class Gone(RuntimeError):
 def _demo() -> dict[str, Any]:
     from ..demo import model
 
-    return layouts.of_config(model.Shapes, model.UNET_CONFIG, "Demo model")
+    return of_config(model.Shapes, model.UNET_CONFIG, "Demo model")
 
 
 def _value(body: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:
@@ -63,10 +63,10 @@ def ask_layout(body: Mapping[str, Any], check: Check) -> dict[str, Any]:
     """
     if "preset" in body:
         name = _value(body, "preset", str)
-        return _demo() if name == "demo" else layouts.preset(name)
+        return _demo() if name == "demo" else preset(name)
     try:
-        return layouts.of_file(_value(body, "folder", str), _value(body, "file", str))
-    except layouts.UntoldError as error:
+        return of_file(_value(body, "folder", str), _value(body, "file", str))
+    except UntoldError as error:
         return {"untold": _sentence(error)}
 
 
