@@ -219,7 +219,7 @@ class AttuneHeadHunter(AttuneNode):
 
     @classmethod
     def execute(cls, **inputs) -> io.NodeOutput:
-        given = {name: value[0] for name, value in inputs.items() if value}
+        given = {name: value[0] for name, value in inputs.items() if value and value[0] is not None}
         positives = inputs["positive"]
         written = prompt_in_graph(cls.hidden.prompt, cls.hidden.unique_id) if cls.hidden is not None else None
         prompts = [p for p in inputs.get("prompts") or [] if p.strip()] or ([written] if written else [])
@@ -296,7 +296,7 @@ class AttunePromptList(AttuneNode):
     def execute(cls, clip, text, styles="") -> io.NodeOutput:
         if clip is None:
             raise ValueError("Prompt List: there is no text encoder: this checkpoint has none, so load a CLIP on its own.")
-        lines = products(lines_of(styles), lines_of(text))
+        lines = products(lines_of(styles or ""), lines_of(text))
         if not lines:
             raise ValueError("Prompt List: write at least one prompt, one on every line.")
         return io.NodeOutput([clip.encode_from_tokens_scheduled(clip.tokenize(line)) for line in lines], lines)

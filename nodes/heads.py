@@ -52,6 +52,7 @@ class AttuneHeads(AttuneNode):
     @classmethod
     def execute(cls, model, selection, preset=OWN) -> io.NodeOutput:
         family, sites = model_sites(model)
+        preset = preset or OWN  # None: an optional input that nobody filled in
         heads = select(selection, sites, family) if preset == OWN else preset_heads(preset, sites, family)
         total = sum(site.heads for site in sites)
         about = "" if preset == OWN else f"{preset}, {PRESETS[preset].source}: "

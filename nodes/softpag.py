@@ -116,22 +116,7 @@ class AttuneSoftPAG(AttuneNode):
         )
 
     @classmethod
-    def execute(
-        cls,
-        model,
-        scale,
-        perturbation,
-        start_percent,
-        end_percent,
-        rescale,
-        heads=None,
-        tokens=Settings.tokens,
-        target=Settings.target,
-        temperature=Settings.temperature,
-        path=Settings.path,
-        heads_2=None,
-        scale_2=Settings.scale_2,
-    ) -> io.NodeOutput:
+    def execute(cls, model, scale, perturbation, start_percent, end_percent, rescale, heads=None, **choices) -> io.NodeOutput:
         return io.NodeOutput(
             softpag.apply(
                 model,
@@ -141,11 +126,6 @@ class AttuneSoftPAG(AttuneNode):
                 end_percent=end_percent,
                 rescale=rescale,
                 heads=heads,
-                tokens=tokens,
-                target=target,
-                temperature=temperature,
-                path=path,
-                heads_2=heads_2,
-                scale_2=scale_2,
+                **{name: value for name, value in choices.items() if value is not None},  # None: nobody filled it in
             )
         )
