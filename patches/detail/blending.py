@@ -84,12 +84,11 @@ class Blending:
         pictures = list(range(session.pictures))
         for _ in range(most_updates(early)):
             comfy.model_management.throw_exception_if_processing_interrupted()
-            found = gradient(self.session, self.guider, self.model, x, sigma, pictures, kwargs)
+            found = gradient(session, self.guider, self.model, x, sigma, pictures, kwargs)
             if found is None:
                 return
             losses, by_z = found
             x[index_or_slice(pictures, x.device)] -= length * by_z
-            session.updates += len(pictures)
             pictures = [p for p, loss in zip(pictures, losses.tolist(), strict=True) if loss >= threshold_at(step)]
             if not pictures:
                 return

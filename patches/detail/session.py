@@ -109,7 +109,6 @@ class Session:
         seen: conditionings and sites of this step that were read.
         kept: q and k of the base's rows, for the branches of later forwards of the same step.
         masks: those of the last step that was read, ``[n, B, 1, H, W]``.
-        updates: of single pictures' latents by the optimisation so far.
     """
 
     settings: Settings
@@ -130,7 +129,6 @@ class Session:
     seen: set[Any] = field(default_factory=set)
     kept: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     masks: Tensor | None = None
-    updates: int = 0
 
     def __post_init__(self) -> None:
         self.now = range(self.total)
@@ -251,7 +249,7 @@ class Session:
             h, w, y, x = areas.get(uuid) or (height, width, 0, 0)
             for branch, masks in self._subjects_masks(uuid, plan, (h, w)):
                 found[branch] = True
-                made[branch, ..., y : y + h, x : x + w] |= masks
+                made[branch, ..., y : y + h, x : x + w] |= masks.to(device)
         if not all(found):
             raise RuntimeError(
                 "Detail++ Sampler saw no attention to the subjects' words: another node replaces the model's attention layers. Take "
