@@ -9,7 +9,8 @@ Shapes: ``n + 1`` branches, ``B`` pictures, ``S`` subjects, ``N`` tokens of the 
 
 What the paper leaves open is as in the released code (clf28/Detail-plus-plus): maps are summed over the steps so far and enlarged before
 they become masks; before the loss they are made distributions over space (`subject_maps`); entropy weighs 2, alignment 0.05 of the mean
-squared distance; a step's update is repeated while the loss is above a threshold. `exclusive_masks` is in neither: subjects compete for
+squared distance; a step's update is repeated while the loss is above a threshold, here on maps of the latent as it is then (the
+released code averages them with those of the updates before). `exclusive_masks` is in neither: subjects compete for
 pixels as S-CFG's tokens do.
 """
 

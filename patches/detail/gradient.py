@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +23,7 @@ from ..hook.families import family_of
 from ..hook.install import REQUESTS
 from ..hook.run import ExtraForward, with_extra_forward
 from ..hook.tensors import index_or_slice
+from ..hook.views import view, with_blocks
 from .branches import rows_of
 from .guider import Guider
 from .session import OPTIMIZE, Session
@@ -74,24 +75,17 @@ def _outside_inference(t: Tensor) -> Tensor:
     return t.detach() if isinstance(t, nn.Parameter) else t  # weights are not what is optimised
 
 
-@contextlib.contextmanager
-def checkpointed(diffusion_model: nn.Module, until: tuple[str, int]) -> Iterator[None]:
-    """While a forward runs, layers before a block keep their input only and are computed again when gradients come back."""
-    family = family_of(diffusion_model)
+def checkpointed(diffusion_model: nn.Module, until: tuple[str, int]) -> Any:
+    """A view of a UNet whose layers before a block keep their input only and are computed again when gradients come back."""
+    family = family_of(getattr(diffusion_model, "_orig_mod", diffusion_model))  # not compiled
     order = family.blocks()
-    changed = []
-    for block in order[: order.index(until)]:
-        for layer in family.block(block):
-            if isinstance(layer, (ResBlock, SpatialTransformer)):
-                changed.append((layer, layer.__dict__.get("forward")))  # another pack's, perhaps
-                layer.forward = _checkpointed(layer.forward)  # type: ignore[method-assign]
-    try:
-        yield
-    finally:
-        for layer, own in changed:
-            del layer.forward
-            if own is not None:
-                layer.forward = own
+
+    def seen(layer: nn.Module) -> nn.Module:
+        saves = isinstance(layer, (ResBlock, SpatialTransformer))
+        return view(layer, {"forward": _checkpointed(layer.forward)}) if saves else layer
+
+    blocks = {block: nn.ModuleList([seen(layer) for layer in family.block(block)]) for block in order[: order.index(until)]}
+    return with_blocks(family.model, family.attributes, blocks)
 
 
 def _checkpointed(forward: Callable[..., Tensor]) -> Callable[..., Tensor]:
@@ -164,9 +158,10 @@ def gradient(
             seen = _under_noise_mask(
                 guider.inner_model, model, z, sigma[rows].clone(), rows, {**kwargs, "model_options": options}
             )
-            network, last = guider.inner_model.diffusion_model, session.read_at[-1].block
-            with contextlib.suppress(_EnoughError), checkpointed(network, last):
-                comfy.samplers.calc_cond_batch(guider.inner_model, [[cond]], seen, sigma[rows].clone(), options)
+            network = checkpointed(guider.inner_model.diffusion_model, session.read_at[-1].block)
+            with contextlib.suppress(_EnoughError):
+                shown = view(guider.inner_model, {"diffusion_model": network})
+                comfy.samplers.calc_cond_batch(shown, [[cond]], seen, sigma[rows].clone(), options)
             reading.done = True
             if reading.total is None:
                 return None  # outside the prompt's timesteps

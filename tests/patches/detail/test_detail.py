@@ -621,14 +621,17 @@ def test_words_of_one_prompt_are_refused():
     run(patched, branches((7,)))
 
 
-def test_a_layers_own_forward_comes_back(monkeypatch):
-    """Another pack may have put one there."""
+def test_a_layers_own_forward_stays():
+    """Another pack may have put one there; it runs, and nothing is put in its place."""
     model = families.build("sd15")
     unet = model.model.diffusion_model
-    layer = unet.input_blocks[1][1]
+    layer, ran = unet.input_blocks[1][1], []
     own = layer.forward
-    layer.forward = own
-    with gradient.checkpointed(unet, ("middle_block", 0)):
-        assert layer.forward is not own
-    assert layer.__dict__["forward"] is own
+    layer.forward = lambda *args, **kwargs: (ran.append(torch.is_grad_enabled()), own(*args, **kwargs))[1]
+    put = layer.forward
+    seen = gradient.checkpointed(unet, ("middle_block", 0))
+    assert seen.input_blocks[1][1].forward is not put and layer.forward is put and seen.middle_block is unet.middle_block
+    assert seen.input_blocks[1][1].transformer_blocks is layer.transformer_blocks and type(seen).__name__ == type(unet).__name__
+    run(model, branches(), optimize="entropy", steps=2, size=(4, 4))
+    assert layer.forward is put and {True, False} == set(ran)
     assert "forward" not in unet.input_blocks[1][0].__dict__
