@@ -186,7 +186,7 @@ def _request(
     """What one perturbation asks of one site."""
 
     def blend(call: AttentionCall, chosen: ChosenHeads) -> Tensor:
-        known = Tokens(chosen.v.shape[-2], call.image, call.text)
+        known = Tokens(chosen.q.shape[-2], call.image, call.text)  # keys may be more: another pack's, at the end
         return perturb(chosen, known, tokens, u, target, path, temperature)
 
     whole = site.kind == "self" or rows_of(tokens, target) == ALL
