@@ -56,7 +56,6 @@ class Blending:
         options = kwargs["model_options"]
         if first:
             self._optimise(x, sigma, step, kwargs)
-            session.begin_step()
         session.reading = first
         asked = options.get("transformer_options", {})
         asked = {**asked, REQUESTS: (*asked.get(REQUESTS, ()), *session.requests())}

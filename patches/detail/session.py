@@ -106,7 +106,6 @@ class Session:
         now: the branches in the forward that is going on; ``reading``: whether its maps count.
         sums: maps ``[B, 1, h, w]`` of the steps so far, by conditioning, branch and subject.
         pixels: the base's self-attention ``[B, M, M]`` of this forward, by conditioning and site, for exclusive masks.
-        seen: conditionings and sites of this step that were read.
         kept: q and k of the base's rows, for the branches of later forwards of the same step.
         masks: those of the last step that was read, ``[n, B, 1, H, W]``.
     """
@@ -126,7 +125,6 @@ class Session:
     reading: bool = False
     sums: dict[tuple[Any, int, int], Tensor] = field(default_factory=dict)
     pixels: dict[tuple[Any, str], Tensor] = field(default_factory=dict)
-    seen: set[Any] = field(default_factory=set)
     kept: dict[Any, tuple[Tensor, Tensor]] = field(default_factory=dict)
     masks: Tensor | None = None
 
@@ -205,10 +203,9 @@ class Session:
     def read(self, plan: ReadPlan, call: AttentionCall, weights: Tensor) -> None:
         """Add the subjects' maps ``[rows, M, T]`` of one layer to those so far."""
         for chunk in call.parts(COND):
-            uuid, start, name = chunk.uuid, chunk.given.start, own_name(chunk.uuid)
-            if self.prompts.get(name) is not plan or (uuid, call.site.name) in self.seen:
+            start, name = chunk.given.start, own_name(chunk.uuid)
+            if self.prompts.get(name) is not plan or not chunk.first_time:
                 continue  # another prompt, or another pack that runs this one again
-            self.seen.add((uuid, call.site.name))
             whole = len(self.now) == self.total
             pixels = self.pixels.pop((name, call.site.name), None) if whole else self.pixels.get((name, call.site.name))
             grid = (call.height, call.width)
@@ -221,10 +218,6 @@ class Session:
                     self.sums[key] = added(self.sums.get(key), maps[:, i : i + 1])
 
     # --- what comes of it ---
-
-    def begin_step(self) -> None:
-        """A step's maps are those of its first evaluation."""
-        self.seen.clear()
 
     def end_forward(self) -> None:
         """All branches have been evaluated."""

@@ -69,9 +69,12 @@ class SamplingRun:
 
 @dataclass(frozen=True)
 class ExtraForward:
-    """A forward of our own, beside the normal one: its own requests, and whether it may replay a recorded prefix.
+    """A forward of our own, beside the normal one.
 
-    ``rows`` says which of the normal forward's pictures each of its own is; None: the same ones.
+    Attributes:
+        requests: its own; those of the model count in it too, but nothing is read.
+        replay_before: the block up to which it may replay a recorded prefix.
+        rows: which of the normal forward's pictures each of its own is; None: the same ones.
     """
 
     requests: tuple[Request, ...]

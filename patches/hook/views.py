@@ -53,7 +53,8 @@ def _view_class(kind: type, names: frozenset[str]) -> type:
 
         return property(lambda self: self.attune_shown[name], put)
 
-    return type(kind)(kind.__name__, (kind,), {"__slots__": ("attune_shown",), **{name: shown(name) for name in names}})
+    members = {"__slots__": ("attune_shown",), "attune_kind": kind, **{name: shown(name) for name in names}}
+    return type(kind)(kind.__name__, (kind,), members)
 
 
 def view(module: nn.Module, shown: Mapping[str, Any]) -> Any:
@@ -61,12 +62,15 @@ def view(module: nn.Module, shown: Mapping[str, Any]) -> Any:
 
     Methods that other packs have put on the module itself are bound to the view, so that they find what is shown.
     """
-    own = vars(module)
-    methods = {n: m for n, m in own.items() if isinstance(m, MethodType) and m.__self__ is module and n not in shown}
-    kind: Any = type(module)
-    out: Any = object.__new__(_view_class(kind, frozenset((*shown, *methods))))
+    own, inner = vars(module), getattr(module, "attune_shown", {})  # of a module that is a view itself
+    methods = {n: m for n, m in {**own, **inner}.items() if isinstance(m, MethodType) and m.__self__ is module}
+    shown = {**inner, **methods, **shown}
+    kind: Any = getattr(type(module), "attune_kind", type(module))
+    out: Any = object.__new__(_view_class(kind, frozenset(shown)))
     object.__setattr__(out, "__dict__", own)
-    object.__setattr__(out, "attune_shown", {**shown, **{n: MethodType(m.__func__, out) for n, m in methods.items()}})
+    object.__setattr__(
+        out, "attune_shown", {n: MethodType(m.__func__, out) if m is methods.get(n) else m for n, m in shown.items()}
+    )
     return out
 
 

@@ -707,3 +707,95 @@ def test_another_override_is_chained_before_or_after(name: str, place: Place, ou
     close(out, sample(right))
     differs(out, sample(theirs(model)))
     differs(out, sample(with_requests(model, blend)))
+
+
+# --- blends of tokens, and attention with other inputs ---
+
+
+@pytest.mark.parametrize("tokens", ["image", "text", "all"])
+@pytest.mark.parametrize(("name", "site"), JOINT)
+def test_blends_reach_the_tokens_that_they_ask_for(name: str, site: str, tokens: str) -> None:
+    model, place, settings = families.shared(name), (site, "joint"), {"size": (7, 10), "batch": 2}
+    own = {"image": slice(TEXT, None), "text": slice(0, TEXT), "all": slice(None)}[tokens]
+
+    def change(q: Tensor, k: Tensor, v: Tensor, roles: Tensor) -> Tensor:
+        out = softmax(q, k) @ v
+        for row in (roles == 0).nonzero().flatten().tolist():
+            for head in (0, 2):
+                out[row, head, own] = 0.5 * out[row, head, own] + v[row, head, own]
+        return out
+
+    blend = BlendOutputs({place: (0, 2)}, lambda call, heads: 0.5 * heads.out + heads.v, rows="cond", tokens=tokens)
+    ours = sample(with_requests(model, blend), **settings)
+    close(ours, sample(reference(model, name, {place: change}), **settings))
+    differs(ours, sample(model, **settings))
+
+
+def test_tokens_that_are_not_there_are_refused() -> None:
+    with pytest.raises(ValueError, match=r"text tokens .* not at middle.0.0 \(cross\)"):
+        BlendOutputs({CROSS: None}, lambda call, heads: heads.out, tokens="text")
+    with pytest.raises(ValueError, match="tokens must be image, text or all, not 'pixels'"):
+        BlendOutputs({CROSS: None}, lambda call, heads: heads.out, tokens="pixels")
+
+
+@pytest.mark.parametrize("replaced", ["nothing", "q", "k", "v", "all"])
+@pytest.mark.parametrize("tokens", ["image", "all"])
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("sd15", SELF),
+        ("sd15", CROSS),
+        ("sd35", ("joint.0", "joint")),
+        ("sd35", ("joint.0", "self")),
+        ("flux", ("single.1", "joint")),
+    ],
+)
+def test_attention_of_some_heads_with_other_inputs(name: str, place: Place, tokens: str, replaced: str) -> None:
+    """Queries of the chosen tokens on all keys, of which those of the chosen tokens may be others."""
+    model = families.shared(name)
+    own = slice(TEXT if place[1] == "joint" and tokens == "image" else 0, None)
+
+    def other(t: Tensor) -> Tensor:
+        return t.flip(2) * 0.5
+
+    def blend(call: Any, heads: Any) -> Tensor:
+        new = {n: other(getattr(heads, n)) for n in ("q", "k", "v") if replaced in (n, "all")}
+        return heads.attend(**new)
+
+    def change(q: Tensor, k: Tensor, v: Tensor, roles: Tensor) -> Tensor:
+        out = softmax(q, k) @ v
+        a, b, c = q.clone(), k.clone(), v.clone()
+        for t, n in ((a, "q"), (b, "k"), (c, "v")):
+            if replaced in (n, "all"):
+                t[:, :, own] = other(t[:, :, own].clone())
+        changed = softmax(a, b) @ c
+        for row in (roles == 0).nonzero().flatten().tolist():
+            for head in (0, 2):
+                out[row, head, own] = changed[row, head, own]
+        return out
+
+    attending = BlendOutputs({place: (0, 2)}, blend, rows="cond", tokens=tokens)
+    ours = sample(with_requests(model, attending), batch=2, steps=1)
+    close(ours, sample(written_out(model, name, place, change), batch=2, steps=1))
+    if replaced == "nothing":
+        close(ours, sample(model, batch=2, steps=1))
+    else:
+        differs(ours, sample(model, batch=2, steps=1))
+
+
+def test_outputs_that_all_are_ignored_are_not_computed() -> None:
+    """In joint attention only where text and image are."""
+    model, calls = families.shared("flux"), []
+
+    def kernel(func: Any, *args: Any, **kwargs: Any) -> Tensor:
+        calls.append(1)
+        return func(*args, **kwargs)
+
+    patched = model.clone()
+    patched.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = kernel
+    place = {("double.1", "joint"): None}
+    for tokens, left in (("image", 5), ("all", 4)):
+        calls.clear()
+        blend = BlendOutputs(place, lambda call, heads: heads.v, tokens=tokens, ignores_output=True)
+        sample(with_requests(patched, blend), steps=1)
+        assert len(calls) == left
