@@ -60,6 +60,20 @@ def added(total: Tensor | None, maps: Tensor) -> Tensor:
     return sum(m if m.shape[-2:] == size else resize(m, size) for m in (total, maps))  # type: ignore[return-value]
 
 
+def resize_weights(weights: Tensor, grid: tuple[int, int], size: tuple[int, int], keys: bool = False) -> Tensor:
+    """Attention weights of another grid: ``[B, H, h·w, N]`` to ``[B, H, M, N]`` with ``M`` the pixels of ``size``, bilinear.
+
+    Args:
+        keys: the keys ``N`` are the grid's pixels too: each then gets its share of what it was a part of, so that rows sum to the same.
+    """
+    out = resize(weights.transpose(-1, -2).flatten(0, 1).float().unflatten(-1, grid), size).flatten(-2)  # [B·H, N, M]
+    out = out.transpose(-1, -2).unflatten(0, weights.shape[:2])
+    if keys:
+        spread = resize(out.flatten(0, 1).unflatten(-1, grid), size).flatten(-2).unflatten(0, weights.shape[:2])
+        out = spread * (out.sum(dim=-1, keepdim=True) / spread.sum(dim=-1, keepdim=True))
+    return out.to(weights.dtype)
+
+
 def minmax(maps: Tensor) -> Tensor:
     """Each map ``[..., h, w]`` over its own range: least 0, most 1; one that is the same everywhere is 0."""
     low, high = maps.amin(dim=(-2, -1), keepdim=True), maps.amax(dim=(-2, -1), keepdim=True)

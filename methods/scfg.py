@@ -11,6 +11,9 @@ renormalises after completion and smoothing, not before.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -106,6 +109,59 @@ def enlarge(labels: Tensor, size: tuple[int, int]) -> Tensor:
     return F.interpolate(labels[:, None].float(), size=size, mode="nearest")[:, 0].to(labels.dtype)
 
 
+class Part(NamedTuple):
+    """One conditioning: its maps ``[B, N, h, w]``, its place in the latent ``(top, left)``, and its weight there ``[B, a, b]``."""
+
+    maps: Tensor
+    place: tuple[int, int]
+    weight: Tensor
+
+    @property
+    def size(self) -> tuple[int, int]:
+        return (self.weight.shape[-2], self.weight.shape[-1])
+
+    @property
+    def where(self) -> tuple[slice, ...]:
+        (top, left), (height, width) = self.place, self.size
+        return (slice(None), slice(top, top + height), slice(left, left + width))
+
+
+def ownership(parts: Sequence[Part], like: Tensor) -> tuple[Tensor, int]:
+    """Who owns each pixel where several prompts have areas: the token whose map, times its prompt's weight, is largest.
+
+    Args:
+        like: the latent ``[B, c, H, W]``.
+
+    Returns:
+        ``int64 [B, H, W]``, 0 where no prompt applies, then the tokens of the first prompt from 1, of the second, …; and how many there are.
+    """
+    best = torch.full((like.shape[0], *like.shape[-2:]), -torch.inf, device=like.device)
+    owner = torch.zeros(best.shape, dtype=torch.int64, device=like.device)
+    count = 1
+    for part in parts:
+        top = F.interpolate(part.maps.amax(dim=1, keepdim=True), size=part.size, mode="nearest")[:, 0] * part.weight
+        label = enlarge(regions(part.maps), part.size) + count
+        count += part.maps.shape[1]
+        wins = (top > best[part.where]) & (part.weight > 0)
+        owner[part.where] = torch.where(wins, label, owner[part.where])
+        best[part.where] = torch.where(wins, top, best[part.where])
+    return owner, count
+
+
+def foreground(parts: Sequence[Part], like: Tensor) -> Tensor:
+    """Where all other tokens of the prompts together stand out more than the start token, ``bool [B, H, W]``.
+
+    Args:
+        parts: with the two maps of `against_start`.
+        like: the latent ``[B, c, H, W]``.
+    """
+    margin = torch.zeros((like.shape[0], *like.shape[-2:]), device=like.device)
+    for part in parts:
+        difference = F.interpolate(part.maps[:, 1:] - part.maps[:, :1], size=part.size, mode="nearest")[:, 0]
+        margin[part.where] += difference * part.weight
+    return margin > 0
+
+
 def guidance_norm(conditional: Tensor, unconditional: Tensor) -> Tensor:
     """``δ = ‖ε_c − ε_u‖`` per pixel: ``[B, c, H, W]`` twice to ``[B, H, W]``.
 
@@ -151,14 +207,10 @@ def ratios(
     return 1 + smooth(excess[:, None], sigma, released)[:, 0]
 
 
-def guide(guided: Tensor, conditional: Tensor, unconditional: Tensor, scale: float, ratio: Tensor) -> Tensor:
-    """Turn a prediction after CFG into one with the regions' scales: ``x̂ + γ·(r − 1)·(x_c − x_u)``.
+def evened(conditional: Tensor, unconditional: Tensor, scale: float, ratio: Tensor) -> Tensor:
+    """The unconditional prediction with which CFG at scale ``γ ≠ 1`` is S-CFG: ``x_u − γ(r − 1)/(γ − 1)·(x_c − x_u)``.
 
-    After plain CFG this is ``x_u + Σ_i γ_i m_i (x_c − x_u)``; what another guidance has added stays. A ratio of 1 changes nothing.
-
-    Args:
-        guided, conditional, unconditional: ``[B, c, H, W]``.
-        scale: ``γ``.
-        ratio: ``r [B, H, W]``.
+    So whatever CFG is done by, a rescale to the conditional's deviation for one, has the regions' scales in it. A ratio of 1 changes nothing.
     """
-    return guided + scale * (ratio - 1)[:, None].to(guided.dtype) * (conditional - unconditional)
+    factor = scale / (scale - 1) * (ratio - 1)[:, None].to(unconditional.dtype)
+    return unconditional - factor * (conditional - unconditional)

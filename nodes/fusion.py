@@ -8,6 +8,7 @@ from ..language.phrases import fusable
 from ..patches import fusion
 from ..server.graph import tell
 from .base import AttuneNode
+from .inputs import steered_model
 from .words import AttuneWordsType
 
 
@@ -21,10 +22,7 @@ class AttunePhraseFusion(AttuneNode):
             description="Lets all words of a phrase (“fire truck”, “red car”) act in the same place of the picture: their attention is "
             "averaged, so that a colour stays with its thing.",
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="The model to steer. LoRAs, ControlNets and guidance on it stay; connect the output to the sampler.",
-                ),
+                steered_model(),
                 AttuneWordsType.Input(
                     "words",
                     tooltip="The phrases to fuse: from Prompt Words, with the text and the CLIP of the positive prompt. With its words "
@@ -33,7 +31,7 @@ class AttunePhraseFusion(AttuneNode):
                 ),
                 io.Float.Input(
                     "strength",
-                    default=0.5,
+                    default=fusion.DEFAULTS.strength,
                     min=0.0,
                     max=1.0,
                     step=0.05,

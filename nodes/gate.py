@@ -7,8 +7,11 @@ from comfy_api.latest import io
 from ..patches import gate
 from ..server.previews import Preview
 from .base import AttuneNode
+from .inputs import percents, steered_model
 from .scorers import AttuneScorerType
 from .words import AttuneWordsType
+
+DEFAULTS = gate.DEFAULTS
 
 
 class AttuneSemanticGate(AttuneNode):
@@ -21,10 +24,7 @@ class AttuneSemanticGate(AttuneNode):
             description="Looks at the picture while it forms, scores how well it shows each phrase, and turns down the words that it does not "
             "show, or turns up those that it neglects.",
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="The model to steer. LoRAs, ControlNets and guidance on it stay; connect the output to the sampler.",
-                ),
+                steered_model(),
                 AttuneWordsType.Input(
                     "words",
                     tooltip="The phrases to score: from Prompt Words, with the text and the CLIP of the positive prompt. Each is scored as "
@@ -38,7 +38,7 @@ class AttuneSemanticGate(AttuneNode):
                 ),
                 io.Float.Input(
                     "threshold",
-                    default=0.22,
+                    default=DEFAULTS.threshold,
                     min=-1000.0,
                     max=1000.0,
                     step=0.01,
@@ -48,7 +48,7 @@ class AttuneSemanticGate(AttuneNode):
                 ),
                 io.Float.Input(
                     "softness",
-                    default=0.02,
+                    default=DEFAULTS.softness,
                     min=0.0,
                     max=1000.0,
                     step=0.01,
@@ -57,25 +57,19 @@ class AttuneSemanticGate(AttuneNode):
                 ),
                 io.Int.Input(
                     "every",
-                    default=5,
+                    default=DEFAULTS.every,
                     min=1,
                     max=10000,
                     tooltip="Steps from one look to the next. Each costs a decode and a score.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.2,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="From here on, as a part of sampling: before, the picture shows nothing yet.",
-                ),
-                io.Float.Input(
-                    "end_percent", default=0.8, min=0.0, max=1.0, step=0.01, tooltip="Until here, as a part of sampling."
+                *percents(
+                    DEFAULTS,
+                    "From here on, as a part of sampling: before, the picture shows nothing yet.",
+                    "Until here, as a part of sampling.",
                 ),
                 io.Float.Input(
                     "floor",
-                    default=0.3,
+                    default=DEFAULTS.floor,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -85,7 +79,7 @@ class AttuneSemanticGate(AttuneNode):
                 io.Combo.Input(
                     "mode",
                     options=list(gate.MODES),
-                    default=gate.DAMP,
+                    default=DEFAULTS.mode,
                     optional=True,
                     tooltip="damp: words that the picture does not show are turned down and spoil nothing. invert: they are turned up, "
                     "so that what is neglected gets drawn.",
@@ -102,13 +96,13 @@ class AttuneSemanticGate(AttuneNode):
         words,
         scorer,
         vae=None,
-        threshold=0.22,
-        softness=0.02,
-        every=5,
-        start_percent=0.2,
-        end_percent=0.8,
-        floor=0.3,
-        mode=gate.DAMP,
+        threshold=DEFAULTS.threshold,
+        softness=DEFAULTS.softness,
+        every=DEFAULTS.every,
+        start_percent=DEFAULTS.start_percent,
+        end_percent=DEFAULTS.end_percent,
+        floor=DEFAULTS.floor,
+        mode=DEFAULTS.mode,
     ) -> io.NodeOutput:
         observer = Preview(getattr(cls.hidden, "unique_id", None))
         return io.NodeOutput(

@@ -28,14 +28,14 @@ class AttuneHeadFilter(AttuneNode):
                 io.Combo.Input(
                     "kind",
                     options=list(headfilter.KINDS),
-                    default="cross",
+                    default=headfilter.DEFAULTS.kind,
                     tooltip="Which attention of these layers: self (pixels look at pixels), cross (pixels look at words), or both. SD3 and FLUX "
                     "have one attention for both, so choose both there.",
                 ),
                 io.Combo.Input(
                     "others",
                     options=list(headfilter.OTHERS),
-                    default=headfilter.OTHERS[0],
+                    default=headfilter.DEFAULTS.others,
                     tooltip="What the silenced heads say instead. zero: nothing. mean: their own output averaged over the picture, so that only "
                     "what differs from place to place is lost. uniform attention: as if they looked at everything alike.",
                 ),

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from ..patches.hook.install import model_sites
-from ..patches.hook.sites import select
-from ..patches.maps import pictures
-from ..patches.maps import record as patches
+from ..patches.maps import pictures, record, recorder
 from ..server.graph import made_by
 from ..server.previews import Preview
 from .base import AttuneNode
+from .inputs import selected
 from .words import AttuneWordsType
+
+DEFAULTS = record.Settings()
 
 AttuneMapsType = io.Custom("ATTUNE_MAPS")
 
@@ -35,31 +35,31 @@ class AttuneAttentionMaps(AttuneNode):
                 ),
                 io.Combo.Input(
                     "kind",
-                    options=list(patches.KINDS),
-                    default="both",
+                    options=list(record.KINDS),
+                    default=DEFAULTS.kind,
                     tooltip="cross: which pixels look at which word. self: which pixels look at each other. Segmentation is sharper with both.",
                 ),
                 io.Combo.Input(
                     "steps",
-                    options=list(patches.STEPS),
-                    default="mean",
+                    options=list(record.STEPS),
+                    default=DEFAULTS.steps,
                     tooltip="mean: the average of all steps, in the room of one. last: the last step only. The others keep single steps.",
                 ),
                 io.Combo.Input(
                     "precision",
-                    options=list(patches.PRECISIONS),
-                    default="fp16",
+                    options=list(record.PRECISIONS),
+                    default=DEFAULTS.precision,
                     tooltip="How finely the maps are stored; fp16 takes half the room and looks the same.",
                 ),
                 io.Combo.Input(
                     "keep_on",
-                    options=["device", "cpu"],
-                    default="device",
+                    options=list(record.DEVICES),
+                    default=DEFAULTS.keep_on,
                     tooltip="device: stay where the model runs (fast). cpu: move to main memory at once (saves VRAM, a little slower).",
                 ),
                 io.Int.Input(
                     "limit_mb",
-                    default=1024,
+                    default=int(DEFAULTS.limit_mb),
                     min=1,
                     max=65536,
                     tooltip="Sampling stops with an error at its very first step if the maps would take more room than this.",
@@ -74,12 +74,8 @@ class AttuneAttentionMaps(AttuneNode):
 
     @classmethod
     def execute(cls, model, layers, kind, steps, precision, keep_on, limit_mb) -> io.NodeOutput:
-        heads = None
-        if layers.strip() not in ("", "auto"):
-            family, sites = model_sites(model)
-            heads = select(layers, sites, family)
-        observer = Preview(cls.hidden.unique_id)
-        return io.NodeOutput(*patches.apply(model, heads, kind, steps, precision, keep_on, limit_mb, observer))
+        settings = record.Settings(kind=kind, steps=steps, precision=precision, keep_on=keep_on, limit_mb=limit_mb)
+        return io.NodeOutput(*recorder.apply(model, settings, selected(model, layers), Preview(cls.hidden.unique_id)))
 
 
 class AttuneShowMaps(AttuneNode):
@@ -115,8 +111,8 @@ class AttuneShowMaps(AttuneNode):
 
     @classmethod
     def execute(cls, maps, words, image, view) -> io.NodeOutput:
-        record = maps.record(made_by(cls.hidden.prompt, cls.hidden.unique_id))
-        return io.NodeOutput(*pictures.show(record, words, image, view))
+        kept = maps.record(made_by(cls.hidden.prompt, cls.hidden.unique_id))
+        return io.NodeOutput(*pictures.show(kept, words, image, view))
 
 
 class AttuneSegmentation(AttuneNode):
@@ -153,5 +149,5 @@ class AttuneSegmentation(AttuneNode):
 
     @classmethod
     def execute(cls, maps, image, words=None) -> io.NodeOutput:
-        record = maps.record(made_by(cls.hidden.prompt, cls.hidden.unique_id))
-        return io.NodeOutput(*pictures.segmentation(record, words, image))
+        kept = maps.record(made_by(cls.hidden.prompt, cls.hidden.unique_id))
+        return io.NodeOutput(*pictures.segmentation(kept, words, image))

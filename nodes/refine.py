@@ -6,7 +6,10 @@ from comfy_api.latest import io
 
 from ..patches import refine
 from .base import AttuneNode
+from .inputs import percents, steered_model
 from .words import AttuneWordsType
+
+DEFAULTS = refine.DEFAULTS
 
 
 class AttuneRefineMaps(AttuneNode):
@@ -19,10 +22,7 @@ class AttuneRefineMaps(AttuneNode):
             description="Sharpens where words act: in a few rounds each word's attention is cut to where it is strongest, and smoothed. Weak "
             "attention all over the picture goes.",
             inputs=[
-                io.Model.Input(
-                    "model",
-                    tooltip="The model to steer. LoRAs, ControlNets and guidance on it stay; connect the output to the sampler.",
-                ),
+                steered_model(),
                 AttuneWordsType.Input(
                     "words",
                     optional=True,
@@ -30,11 +30,15 @@ class AttuneRefineMaps(AttuneNode):
                     "of every positive prompt but the start token (SD1.5, SD2 and SDXL; SD3 and FLUX need words).",
                 ),
                 io.Int.Input(
-                    "rounds", default=2, min=0, max=10, tooltip="How often to cut and smooth. 0 is off; one is gentle."
+                    "rounds",
+                    default=DEFAULTS.rounds,
+                    min=0,
+                    max=10,
+                    tooltip="How often to cut and smooth. 0 is off; one is gentle.",
                 ),
                 io.Float.Input(
                     "keep",
-                    default=0.7,
+                    default=DEFAULTS.keep,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -42,27 +46,16 @@ class AttuneRefineMaps(AttuneNode):
                 ),
                 io.Float.Input(
                     "sigma",
-                    default=0.8,
+                    default=DEFAULTS.sigma,
                     min=0.0,
                     max=8.0,
                     step=0.05,
                     tooltip="How far what is left is smoothed, in cells of the layer's own grid. 0 is hard edges.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in sampling to begin: 0 is the first step, where things find their places.",
-                ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in sampling to stop. Lower it if fine detail gets lost.",
+                *percents(
+                    DEFAULTS,
+                    "Where in sampling to begin: 0 is the first step, where things find their places.",
+                    "Where in sampling to stop. Lower it if fine detail gets lost.",
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The steered model: connect it to a KSampler.")],

@@ -7,7 +7,10 @@ from comfy_api.latest import io
 from ..patches import scfg
 from ..server.previews import Preview
 from .base import AttuneNode
+from .inputs import advanced_choice, percents
 from .maps import AttuneMapsType
+
+DEFAULTS = scfg.Settings()
 
 
 class AttuneSemanticCFG(AttuneNode):
@@ -24,13 +27,13 @@ class AttuneSemanticCFG(AttuneNode):
                 io.Combo.Input(
                     "reference",
                     options=list(scfg.REFERENCES),
-                    default="foreground",
+                    default=DEFAULTS.reference,
                     tooltip="Whose guidance strength all regions are brought to: the objects' (foreground, as the authors' code does), the "
                     "background's, or the whole image's.",
                 ),
                 io.Float.Input(
                     "min_ratio",
-                    default=0.8,
+                    default=DEFAULTS.min_ratio,
                     min=0.0,
                     max=1.0,
                     step=0.01,
@@ -38,7 +41,7 @@ class AttuneSemanticCFG(AttuneNode):
                 ),
                 io.Float.Input(
                     "max_ratio",
-                    default=3.0,
+                    default=DEFAULTS.max_ratio,
                     min=1.0,
                     max=10.0,
                     step=0.1,
@@ -46,7 +49,7 @@ class AttuneSemanticCFG(AttuneNode):
                 ),
                 io.Float.Input(
                     "max_scale",
-                    default=15.0,
+                    default=DEFAULTS.max_scale,
                     min=1.0,
                     max=100.0,
                     step=0.5,
@@ -54,34 +57,38 @@ class AttuneSemanticCFG(AttuneNode):
                 ),
                 io.Int.Input(
                     "completion",
-                    default=4,
+                    default=DEFAULTS.completion,
                     min=0,
                     max=8,
                     tooltip="How far self-attention fills holes in the regions (R in the paper). 0 skips it and is a little faster.",
                 ),
                 io.Float.Input(
                     "smoothing",
-                    default=0.5,
+                    default=DEFAULTS.smoothing,
                     min=0.0,
                     max=2.0,
                     step=0.05,
                     tooltip="Softens the regions' maps and borders (sigma of a 3×3 Gaussian, in map pixels). 0 is off.",
                 ),
-                io.Float.Input(
-                    "start_percent",
-                    default=0.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in sampling to begin: 0 is the first step.",
+                *percents(
+                    DEFAULTS,
+                    "Where in sampling to begin: 0 is the first step.",
+                    "Where in sampling to stop; plain CFG after that.",
                 ),
-                io.Float.Input(
-                    "end_percent",
-                    default=1.0,
-                    min=0.0,
-                    max=1.0,
-                    step=0.01,
-                    tooltip="Where in sampling to stop; plain CFG after that.",
+                io.Combo.Input(
+                    "layers",
+                    options=list(scfg.LAYERS),
+                    default=DEFAULTS.layers,
+                    optional=True,
+                    tooltip="Whose attention is read. selection: one layer of each block at a quarter and an eighth of the latent's size (SD3 "
+                    "and FLUX: three around the middle). all: every layer there, as published; on SDXL ten times as many.",
+                ),
+                advanced_choice(
+                    "form",
+                    scfg.FORMS,
+                    DEFAULTS.form,
+                    "paper: the paper's equations. released: the authors' code where it departs from them, in the powers of self-attention, the "
+                    "smoothing and the order of renormalising.",
                 ),
             ],
             outputs=[
@@ -96,9 +103,29 @@ class AttuneSemanticCFG(AttuneNode):
 
     @classmethod
     def execute(
-        cls, model, reference, min_ratio, max_ratio, max_scale, completion, smoothing, start_percent, end_percent
+        cls,
+        model,
+        reference,
+        min_ratio,
+        max_ratio,
+        max_scale,
+        completion,
+        smoothing,
+        start_percent,
+        end_percent,
+        layers=DEFAULTS.layers,
+        form=DEFAULTS.form,
     ) -> io.NodeOutput:
-        ratios = (min_ratio, max_ratio, max_scale)
-        span = (start_percent, end_percent)
-        observer = Preview(getattr(cls.hidden, "unique_id", None))  # none from Python
-        return io.NodeOutput(*scfg.apply(model, reference, *ratios, completion, smoothing, *span, observer=observer))
+        settings = scfg.Settings(
+            reference=reference,
+            min_ratio=min_ratio,
+            max_ratio=max_ratio,
+            max_scale=max_scale,
+            completion=completion,
+            smoothing=smoothing,
+            start_percent=start_percent,
+            end_percent=end_percent,
+            layers=layers,
+            form=form,
+        )
+        return io.NodeOutput(*scfg.apply(model, settings, Preview(getattr(cls.hidden, "unique_id", None))))  # none from Python

@@ -29,7 +29,7 @@ class AttuneStructureRefine(AttuneNode):
                 ),
                 io.Float.Input(
                     "strength",
-                    default=0.5,
+                    default=structure.DEFAULTS.strength,
                     min=0.0,
                     max=10.0,
                     step=0.05,
@@ -38,7 +38,7 @@ class AttuneStructureRefine(AttuneNode):
                 ),
                 io.Float.Input(
                     "edge_low",
-                    default=0.3,
+                    default=structure.DEFAULTS.edge_low,
                     min=0.01,
                     max=4.0,
                     step=0.01,
@@ -47,7 +47,7 @@ class AttuneStructureRefine(AttuneNode):
                 ),
                 io.Float.Input(
                     "edge_high",
-                    default=0.8,
+                    default=structure.DEFAULTS.edge_high,
                     min=0.01,
                     max=4.0,
                     step=0.01,
@@ -55,14 +55,14 @@ class AttuneStructureRefine(AttuneNode):
                 ),
                 io.Int.Input(
                     "iterations",
-                    default=5,
+                    default=structure.DEFAULTS.iterations,
                     min=0,
                     max=100,
                     tooltip="How often places tell each other their value. Five come close to the end; 0 is off.",
                 ),
                 io.Float.Input(
                     "spatial_sigma",
-                    default=2.0,
+                    default=structure.DEFAULTS.spatial_sigma,
                     min=0.5,
                     max=64.0,
                     step=0.1,
@@ -71,7 +71,7 @@ class AttuneStructureRefine(AttuneNode):
                 ),
                 io.Float.Input(
                     "feature_sigma",
-                    default=0.1,
+                    default=structure.DEFAULTS.feature_sigma,
                     min=0.01,
                     max=4.0,
                     step=0.01,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -20,6 +21,16 @@ if TYPE_CHECKING:
 METHOD = "Phrase Fusion"
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a node may choose: how far each word's attention moves to its phrase's mean."""
+
+    strength: float = 0.5
+
+
+DEFAULTS = Settings()
+
+
 def groups(words: Words) -> tuple[tuple[int, ...], ...]:
     """The columns that share their attention: those of each phrase, CLIP's apart from T5's, which read the prompt on their own."""
     clip = words.total - words.counts.get(T5, 0)
@@ -27,7 +38,7 @@ def groups(words: Words) -> tuple[tuple[int, ...], ...]:
     return maths.joined(parts)
 
 
-def apply(model: ModelPatcher, words: Words, strength: float = 0.5, heads: Heads | None = None) -> ModelPatcher:
+def apply(model: ModelPatcher, words: Words, strength: float = DEFAULTS.strength, heads: Heads | None = None) -> ModelPatcher:
     """A clone of ``model`` whose words of one phrase share their attention; with strength 0, or nothing to fuse, just a clone.
 
     Args:

@@ -30,6 +30,22 @@ DAMP, INVERT = MODES = ("damp", "invert")
 PREVIEW = 8  # pixels of a picture per latent pixel of a preview
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a node may choose (its inputs say what each does)."""
+
+    threshold: float = 0.22
+    softness: float = 0.02
+    every: int = 5
+    start_percent: float = 0.2
+    end_percent: float = 0.8
+    floor: float = 0.3
+    mode: str = DAMP
+
+
+DEFAULTS = Settings()
+
+
 @dataclass
 class _State:
     """Of one run: the step that was scored first and last, and the gain of every column since then."""
@@ -40,7 +56,7 @@ class _State:
 
 
 @dataclass(frozen=True)
-class _Method:
+class _SemanticGate:
     texts: tuple[str, ...]
     members: tuple[tuple[int, ...], ...]
     count: int
@@ -55,7 +71,7 @@ class _Method:
     observer: Observer
     key: object = field(default_factory=object)
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Method:
+    def __deepcopy__(self, memo: dict[int, Any]) -> _SemanticGate:
         """Cloning a model copies what is on it: not the scorer and the VAE."""
         return self
 
@@ -149,13 +165,13 @@ def apply(
     words: Words,
     scorer: Scorer,
     vae: Any = None,
-    threshold: float = 0.22,
-    softness: float = 0.02,
-    every: int = 5,
-    start_percent: float = 0.2,
-    end_percent: float = 0.8,
-    floor: float = 0.3,
-    mode: str = DAMP,
+    threshold: float = DEFAULTS.threshold,
+    softness: float = DEFAULTS.softness,
+    every: int = DEFAULTS.every,
+    start_percent: float = DEFAULTS.start_percent,
+    end_percent: float = DEFAULTS.end_percent,
+    floor: float = DEFAULTS.floor,
+    mode: str = DEFAULTS.mode,
     heads: Heads | None = None,
     observer: Observer = NOBODY,
 ) -> ModelPatcher:
@@ -199,7 +215,7 @@ def apply(
     columns = tuple(sorted({c for phrase in words.phrases for c in phrase.columns}))
     members = tuple(tuple(columns.index(c) for c in phrase.columns) for phrase in words.phrases)
     texts = tuple(phrase.text for phrase in words.phrases)
-    method = _Method(texts, members, len(columns), scorer, vae, threshold, softness, floor, every, span, mode, observer)
+    method = _SemanticGate(texts, members, len(columns), scorer, vae, threshold, softness, floor, every, span, mode, observer)
     request(patched, EditWeights(where, method.edit, rows=COND, span=span, columns=columns, prompt_columns=words.total))
     guard(patched, METHOD, words, observer)
     patched.set_model_sampler_post_cfg_function(method.look)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from torch import Tensor
 
 from ..methods import headfilter as maths
@@ -12,11 +14,22 @@ from .hook.requests import BlendOutputs
 from .hook.sites import Heads, check
 
 METHOD = "Head Filter"
-KINDS = ("self", "cross", "both")
+SELF, CROSS, BOTH = KINDS = ("self", "cross", "both")
 OTHERS = maths.OTHERS
 
 
-def apply(model: ModelPatcher, heads: Heads, kind: str = "both", others: str = maths.ZERO) -> ModelPatcher:
+@dataclass(frozen=True)
+class Settings:
+    """What a node may choose: which attention of the layers, and what the silenced heads say."""
+
+    kind: str = CROSS
+    others: str = maths.ZERO
+
+
+DEFAULTS = Settings()
+
+
+def apply(model: ModelPatcher, heads: Heads, kind: str = DEFAULTS.kind, others: str = DEFAULTS.others) -> ModelPatcher:
     """A clone of ``model`` in which, of the layers in ``heads``, only those heads speak, for every row of the batch.
 
     Where all heads of a layer are chosen, and in layers that are not named, nothing changes. In joint attention it is the image tokens'
@@ -30,7 +43,7 @@ def apply(model: ModelPatcher, heads: Heads, kind: str = "both", others: str = m
         if value not in known:
             raise ValueError(f"{METHOD}: {name} must be one of {', '.join(known)}, not “{value}”.")
     family, sites = model_sites(model)
-    if family != "unet" and kind != "both":
+    if family != "unet" and kind != BOTH:
         raise ValueError(
             f"{METHOD}: in SD3 and FLUX one attention looks at words and picture at once, so “{kind}” cannot be filtered on its own; "
             "set kind to “both”."
@@ -38,7 +51,7 @@ def apply(model: ModelPatcher, heads: Heads, kind: str = "both", others: str = m
     chosen = check(heads, sites, family)
     where: dict[tuple[str, str], tuple[int, ...] | None] = {}
     for site in (s for s in sites if s.name in chosen):
-        kinds = site.kinds if kind == "both" else tuple(k for k in site.kinds if k == kind)
+        kinds = site.kinds if kind == BOTH else tuple(k for k in site.kinds if k == kind)
         if not kinds:
             raise ValueError(f"{METHOD}: {site.name} has no attention to text; choose other layers, or kind “self”.")
         silent = tuple(h for h in range(site.heads) if h not in chosen[site.name])

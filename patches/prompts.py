@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import comfy.patcher_extension
@@ -15,7 +15,6 @@ from .hook.install import REQUESTS, ModelPatcher, model_sites
 from .hook.requests import COND, EditWeights
 from .hook.sites import Heads, Site, check
 from .hook.tensors import index
-from .maps.record import whole_picture
 from .observer import NOBODY, Observer
 
 if TYPE_CHECKING:
@@ -25,6 +24,11 @@ KEY = "attune_words"
 SAME = 1e-2  # relative difference of a column's length that rounding may make
 Where = dict[tuple[str, str], tuple[int, ...] | None]
 Auto = Callable[[tuple[Site, ...], str], tuple[Site, ...]]
+
+
+def whole_picture(conds: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first conditioning that is not limited to an area."""
+    return next((cond for cond in conds if "area" not in cond), None)
 
 
 def prompt(conds: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any] | None:

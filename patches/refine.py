@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from torch import Tensor
@@ -21,6 +22,20 @@ if TYPE_CHECKING:
 METHOD = "Refine Attention"
 
 
+@dataclass(frozen=True)
+class Settings:
+    """What a node may choose: rounds of cutting below ``keep`` of a word's maximum and smoothing by ``sigma``, and the part of sampling."""
+
+    rounds: int = 2
+    keep: float = 0.7
+    sigma: float = 0.8
+    start_percent: float = 0.0
+    end_percent: float = 1.0
+
+
+DEFAULTS = Settings()
+
+
 def every_token(columns: int) -> tuple[int, ...]:
     """Without words: every text column but the start tokens, which take what no word wants. CLIP has one in front of each chunk."""
     starts = range(0, columns, CHUNK if columns % CHUNK == 0 else columns)
@@ -30,11 +45,11 @@ def every_token(columns: int) -> tuple[int, ...]:
 def apply(
     model: ModelPatcher,
     words: Words | None = None,
-    rounds: int = 2,
-    keep: float = 0.7,
-    sigma: float = 0.8,
-    start_percent: float = 0.0,
-    end_percent: float = 1.0,
+    rounds: int = DEFAULTS.rounds,
+    keep: float = DEFAULTS.keep,
+    sigma: float = DEFAULTS.sigma,
+    start_percent: float = DEFAULTS.start_percent,
+    end_percent: float = DEFAULTS.end_percent,
     heads: Heads | None = None,
 ) -> ModelPatcher:
     """A clone of ``model`` whose attention to words is refined, in the conditional rows; with 0 rounds, just a clone.

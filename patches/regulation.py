@@ -14,7 +14,7 @@ from .hook.install import ModelPatcher, request
 from .hook.requests import COND, EditWeights, Span
 from .hook.sites import Heads, Site
 from .hook.tensors import index
-from .maps.record import auto_sites
+from .maps.layers import auto_sites
 from .observer import NOBODY, Observer
 from .prompts import edit_own, guard, own_name, text_places
 

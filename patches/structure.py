@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import Any
 
 import comfy.model_management
@@ -10,9 +11,25 @@ from torch import Tensor
 
 from ..methods import maps as pictures
 from ..methods import structure as maths
-from .maps.record import Record, token_maps
+from .maps.reading import token_maps
+from .maps.record import Record
 
 METHOD = "Structure-aware Latent Refine"
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What a node may choose (its inputs say what each does)."""
+
+    strength: float = 0.5
+    edge_low: float = 0.3
+    edge_high: float = 0.8
+    iterations: int = 5
+    spatial_sigma: float = 2.0
+    feature_sigma: float = 0.1
+
+
+DEFAULTS = Settings()
 
 
 def attention(record: Record, size: tuple[int, int]) -> Tensor:
@@ -25,12 +42,12 @@ def attention(record: Record, size: tuple[int, int]) -> Tensor:
 def refine(
     samples: dict[str, Any],
     record: Record | None = None,
-    strength: float = 0.5,
-    edge_low: float = 0.3,
-    edge_high: float = 0.8,
-    iterations: int = 5,
-    spatial_sigma: float = 2.0,
-    feature_sigma: float = 0.1,
+    strength: float = DEFAULTS.strength,
+    edge_low: float = DEFAULTS.edge_low,
+    edge_high: float = DEFAULTS.edge_high,
+    iterations: int = DEFAULTS.iterations,
+    spatial_sigma: float = DEFAULTS.spatial_sigma,
+    feature_sigma: float = DEFAULTS.feature_sigma,
 ) -> dict[str, Any]:
     """A LATENT refined; with strength or iterations 0 it is ``samples`` itself.
 

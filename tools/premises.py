@@ -20,7 +20,8 @@ from ..methods.detail import subject_masks
 from ..patches import headfilter
 from ..patches.hook.install import model_sites
 from ..patches.hook.sites import Heads
-from ..patches.maps import record as recorded
+from ..patches.maps import recorder
+from ..patches.maps.record import Settings as Kept
 from .benchmarks.shared.pictures import generate, interval
 
 CFG, STEPS, SEED = 5.0, 20, 5000
@@ -197,7 +198,7 @@ class Premises:
         """Thresholded as Detail++ publishes it, at a third of the steps; mean of all heads of the layers at half the latent's size."""
         chosen = [s for s in self.sites if s.stride == 2 and "cross" in s.kinds]
         heads = Heads(self.family, tuple((s.name, tuple(range(s.heads))) for s in chosen))
-        patched, maps = recorded.apply(self.model, heads, steps="every step", precision="fp32", limit_mb=4096)
+        patched, maps = recorder.apply(self.model, Kept("cross", "every step", "fp32", limit_mb=4096), heads)
         own: list[float] = []
         others: list[float] = []
         for i, caption in enumerate(self.captions):
@@ -243,7 +244,7 @@ class Premises:
         effects = []
         for site, head in some:
             rest = tuple(h for h in range(site.heads) if h != head)
-            patched = headfilter.apply(self.model, Heads(self.family, ((site.name, rest),)))
+            patched = headfilter.apply(self.model, Heads(self.family, ((site.name, rest),)), headfilter.BOTH)
             effects.append([float(d) for d in (self.draw(captions, patched) - plain).abs().mean(dim=(1, 2, 3))])
         found = np.log(np.asarray(effects) + 1e-6)
         between = found.mean(axis=1).var(ddof=1)

@@ -10,7 +10,8 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ...methods import maps as maths
-from .record import Record, token_maps
+from .reading import token_maps
+from .record import Record
 
 VIEWS = ("mean", "per layer", "per head", "per step")
 MOST_ROWS = 128  # of pictures in a grid

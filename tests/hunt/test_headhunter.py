@@ -35,7 +35,8 @@ from attune.patches import softpag
 from attune.patches.hook.families import family_of
 from attune.patches.hook.install import model_sites
 from attune.patches.hook.sites import select
-from attune.patches.maps import record
+from attune.patches.maps import recorder
+from attune.patches.maps.record import Settings as Kept
 from attune.scoring.scorers import Scorer
 from attune.tests import families
 from attune.tests.helpers import close
@@ -541,7 +542,7 @@ def test_pictures_of_other_settings_are_told_of(tmp_path):
 def test_a_model_with_maps_that_are_read_is_refused_before_the_first_step(node, name):
     model = families.shared(name)
     if node == "Attention Maps":
-        model = record.apply(model, None, "self", "mean", "fp16", "device", 64)[0]
+        model = recorder.apply(model, Kept("self", limit_mb=64))[0]
     else:
         model = AttuneSemanticCFG.execute(model, "foreground", 0.8, 3.0, 15.0, 4, 0.5, 0.0, 1.0).result[0]
     with pytest.raises(ValueError, match="Connect the model from before that node"):

@@ -11,7 +11,8 @@ from attune.demo import model as demo_model
 from attune.language.words import prompt_words
 from attune.nodes.gate import AttuneSemanticGate
 from attune.patches import fusion, gate, softpag
-from attune.patches.maps import record as maps
+from attune.patches.maps import recorder
+from attune.patches.maps.record import Settings as Kept
 from attune.scoring.scorers import Scorer
 from attune.tests import families
 from attune.tests.families import words, written_out
@@ -199,7 +200,7 @@ def test_state_ends_with_the_run_and_it_stacks():
         scorer.asked.clear()
         assert not torch.equal(sample(stacked, steps=4), alone)
     scorer.asked.clear()
-    kept, held = maps.apply(one)
+    kept, held = recorder.apply(one, Kept("cross"))
     assert torch.equal(sample(kept, steps=4), alone) and held.record().bytes
     assert (str(model.model_options), str(model.wrappers)) == before
     other = Fake()

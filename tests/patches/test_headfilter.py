@@ -10,7 +10,8 @@ from attune.patches import fusion, headfilter, scfg, softpag
 from attune.patches.hook.install import model_sites, request
 from attune.patches.hook.requests import BlendOutputs
 from attune.patches.hook.sites import select
-from attune.patches.maps import record as maps
+from attune.patches.maps import recorder
+from attune.patches.maps.record import Settings as Kept
 from attune.tests import families
 from attune.tests.families import heads_of, words, written_out
 from attune.tests.helpers import close, differs
@@ -131,7 +132,7 @@ def test_stacks_and_leaves_nothing(name):
     ]
     for stacked in others:
         assert not torch.equal(sample(stacked), alone)
-    kept, held = maps.apply(one)
+    kept, held = recorder.apply(one, Kept("cross"))
     assert torch.equal(sample(kept), alone) and held.record().bytes
     assert (str(model.model_options), str(model.wrappers)) == before
     assert torch.equal(sample(one), alone)

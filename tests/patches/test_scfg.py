@@ -1,31 +1,55 @@
 """S-CFG against the paper's equations written out, against the released code's departures, and on ComfyUI's models."""
 
+from concurrent.futures import ThreadPoolExecutor
+from typing import ClassVar
+
 import comfy.model_management
+import comfy.samplers
 import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from comfy_extras.nodes_model_advanced import RescaleCFG
 
 from attune.methods import scfg as maths
 from attune.patches import scfg
 from attune.patches.hook.install import model_sites
-from attune.patches.maps.record import auto_sites
+from attune.patches.maps.layers import auto_sites, every_site
+from attune.patches.observer import Observer
 from attune.tests import families
 from attune.tests.helpers import close, differs
 from attune.tests.methods.test_scfg import slow_layer, slow_ratios
 
 sample = families.sample
-ONES = {"min_ratio": 1.0, "max_ratio": 1.0}
+Settings = scfg.Settings
+ONES = Settings(min_ratio=1.0, max_ratio=1.0)
 
 
 # --- on ComfyUI's models ----------------------------------------------------------------------------------------------
 
 
-def reference_model(model, reference="foreground", released=False, cfg_limits=(0.8, 3.0, 15.0), powers=4, sigma=0.5):
+def slow_rescale(guided, conditional, x, sigma, multiplier):
+    """Core's RescaleCFG of one picture's denoised predictions, in float64: the velocity's deviation goes to the conditional one's."""
+    x = x / (sigma**2 + 1)
+    velocity, wanted = ((x - d) * (sigma**2 + 1) ** 0.5 / sigma for d in (guided, conditional))
+    rescaled = velocity * wanted.std() / velocity.std()
+    return x - (multiplier * rescaled + (1 - multiplier) * velocity) * sigma / (sigma**2 + 1) ** 0.5
+
+
+def reference_model(
+    model,
+    reference="foreground",
+    released=False,
+    cfg_limits=(0.8, 3.0, 15.0),
+    powers=4,
+    sigma=0.5,
+    rescale=0.0,
+    layers=auto_sites,
+):
     """Another way to the same: softmax written out everywhere, everything kept, S-CFG as the model's CFG function."""
     family, sites = model_sites(model)
     calls = [(s.name, kind) for s in sites for kind in s.kinds]
-    chosen = {s.name for s in auto_sites(sites, family)}
+    chosen = {s.name for s in layers(sites, family)}
     patched = model.clone()
     kept, seen = {}, {"calls": 0}
 
@@ -66,7 +90,8 @@ def reference_model(model, reference="foreground", released=False, cfg_limits=(0
             delta = (c[i] - u[i]).square().sum(0).sqrt().numpy()
             low, high, limit = cfg_limits
             ratio = slow_ratios(delta, owner, region, low, high, limit / scale, sigma, released)
-            out.append(u[i] + scale * torch.from_numpy(ratio) * (c[i] - u[i]))
+            guided = u[i] + scale * torch.from_numpy(ratio) * (c[i] - u[i])
+            out.append(slow_rescale(guided, c[i], args["input"][i].double(), float(args["sigma"][i]), rescale))
         kept.clear()
         return args["input"] - torch.stack(out).float()
 
@@ -81,15 +106,107 @@ def reference_model(model, reference="foreground", released=False, cfg_limits=(0
 )
 def test_equals_the_equations_on_real_models(name, reference, released):
     model, settings = families.shared(name), {"size": (10, 14), "batch": 2, "cfg": 4.0, "steps": 2}
-    ours = sample(scfg.apply(model, reference, released=released)[0], **settings)
+    ours = sample(scfg.apply(model, Settings(reference, form="released" if released else "paper"))[0], **settings)
     close(ours, sample(reference_model(model, reference, released), **settings), 1e-3)
     differs(ours, sample(model, **settings))
+
+
+@pytest.mark.parametrize("first", [True, False])
+def test_a_rescale_by_another_node_covers_it(first):
+    """As in the released code, which rescales after S-CFG's sum; in whichever order the two nodes are."""
+    model, settings = families.shared("sd15"), {"size": (10, 14), "batch": 2, "cfg": 6.0, "steps": 2}
+    rescaled = RescaleCFG().patch(model, 0.7)[0]
+    both = scfg.apply(rescaled)[0] if first else RescaleCFG().patch(scfg.apply(model)[0], 0.7)[0]
+    ours = sample(both, **settings)
+    close(ours, sample(reference_model(model, rescale=0.7), **settings), 1e-3)
+    differs(ours, sample(rescaled, **settings))
+
+
+def test_nodes_after_cfg_see_the_models_own_predictions():
+    model, seen = families.shared("sd15").clone(), []
+    model.set_model_sampler_post_cfg_function(lambda args: seen.append(args["uncond_denoised"].clone()) or args["denoised"])
+    sample(scfg.apply(model)[0], steps=1)
+    sample(scfg.apply(scfg.apply(model)[0])[0], steps=1)  # twice, too
+    sample(model, steps=1)
+    assert len(seen) == 3 and torch.equal(seen[0], seen[2]) and torch.equal(seen[1], seen[2])
+
+
+def test_all_layers_are_the_published_ones():
+    model = families.shared("sdxl")
+    family, sites = model_sites(model)
+    assert [s.name for s in every_site(sites, family)] == [s.name for s in sites if "cross" in s.kinds and s.stride in (2, 4)]
+    settings = {"size": (8, 12), "cfg": 4.0, "steps": 1}
+    ours = sample(scfg.apply(model, Settings(layers="all"))[0], **settings)
+    close(ours, sample(reference_model(model, layers=every_site), **settings), 1e-3)
+    differs(ours, sample(scfg.apply(model)[0], **settings))
+
+
+def test_at_cfg_1_it_says_so_and_shows_no_heat():
+    class Watching(Observer):
+        said: ClassVar[list] = []
+        shown: ClassVar[list] = []
+
+        def watching(self):
+            return True
+
+        def tell(self, text):
+            self.said.append(text)
+
+        def layer(self, *args):
+            self.shown.append("layer")
+
+        def regions(self, *args):
+            self.shown.append("regions")
+
+    observer = Watching()
+    patched, maps = scfg.apply(families.shared("sd15"), observer=observer)
+    assert torch.equal(sample(patched, cfg=1.0, steps=3), sample(families.shared("sd15"), cfg=1.0, steps=3))
+    assert len(observer.said) == 1 and "cfg 1" in observer.said[0] and not observer.shown
+    assert maps.record().cross  # they are of use to other nodes all the same
+    sample(patched, cfg=3.0, steps=1)
+    assert len(observer.said) == 1 and "regions" in observer.shown and "layer" in observer.shown
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3"])
+@pytest.mark.parametrize("areas", [False, True])
+def test_conditionings_on_threads_give_the_same_to_the_bit(name, areas, monkeypatch):
+    """As where each GPU has a conditioning and a ``sigmas`` of its own: here the threads take turns at every layer."""
+    model = families.shared(name)
+    positive = families.text(1)
+    if areas:
+        positive = families.text(1, area=(8, 8, 0, 0), strength=1.0) + families.text(3, area=(8, 8, 0, 4), strength=1.0)
+    patched = scfg.apply(model)[0]
+    monkeypatch.setattr(type(model.model), "memory_required", lambda *args, **kwargs: 1e30)  # a forward for each conditioning
+    settings = {"positive": positive, "size": (8, 12), "steps": 2, "cfg": 4.0}
+    right = sample(patched, **settings)
+    one_by_one = comfy.samplers._calc_cond_batch
+
+    def on_threads(model, conds, x, timestep, model_options):
+        jobs = [(role, cond) for role, given in enumerate(conds) for cond in given or ()]
+        parts = [[[cond] if r == role else [] for r in range(len(conds))] for role, cond in jobs]
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            outs = list(pool.map(lambda c: one_by_one(model, c, x, timestep.clone(), model_options), parts))
+        out = [torch.zeros_like(x) for _ in conds]
+        count = [torch.zeros_like(x) + 1e-37 for _ in conds]
+        for (role, cond), found in zip(jobs, outs, strict=True):
+            part = comfy.samplers.get_area_and_mult(cond, x, timestep)
+            where = (slice(None), slice(None))
+            if part.area is not None:
+                h, w, top, left = part.area
+                where = (*where, slice(top, top + h), slice(left, left + w))
+            out[role][where] += found[role][where] * part.mult
+            count[role][where] += part.mult
+        return [o / c for o, c in zip(out, count, strict=True)]
+
+    monkeypatch.setattr(comfy.samplers, "_calc_cond_batch", on_threads)
+    for _ in range(3):
+        close(sample(patched, **settings), right, 1e-6)
 
 
 @pytest.mark.parametrize("name", families.NAMES)
 def test_ratios_of_one_are_plain_cfg_to_the_bit(name):
     model = families.shared(name)
-    patched, maps = scfg.apply(model, **ONES)
+    patched, maps = scfg.apply(model, ONES)
     assert torch.equal(sample(patched), sample(model))
     assert len(maps.records) == 1 and maps.record().cross  # it did look
     assert not torch.equal(sample(scfg.apply(model)[0]), sample(model))
@@ -129,7 +246,7 @@ def test_areas_and_masks():
     masked = families.text(4, mask=mask, set_area_to_bounds=False)
     for positive in (left + right, families.text(1) + right, families.text(1) + masked):
         settings = {"size": (8, 16), "positive": positive, "steps": 2}
-        assert torch.equal(sample(scfg.apply(model, **ONES)[0], **settings), sample(model, **settings))
+        assert torch.equal(sample(scfg.apply(model, ONES)[0], **settings), sample(model, **settings))
         out = sample(scfg.apply(model)[0], **settings)
         assert out.isfinite().all() and not torch.equal(out, sample(model, **settings))
     plain = sample(scfg.apply(model)[0], size=(8, 16))
@@ -160,8 +277,8 @@ def test_stacks_with_cfg_functions_before_and_after_and_with_itself_off():
 
 def test_outside_its_span_it_is_plain():
     model = families.shared("sd15")
-    assert torch.equal(sample(scfg.apply(model, start_percent=1.0)[0], steps=4), sample(model, steps=4))
-    early, whole = (sample(scfg.apply(model, end_percent=end)[0], steps=4) for end in (0.4, 1.0))
+    assert torch.equal(sample(scfg.apply(model, Settings(start_percent=1.0))[0], steps=4), sample(model, steps=4))
+    early, whole = (sample(scfg.apply(model, Settings(end_percent=end))[0], steps=4) for end in (0.4, 1.0))
     differs(early, sample(model, steps=4))
     differs(early, whole)
 
@@ -174,7 +291,7 @@ def test_bad_settings_are_refused():
         ({"reference": "sky"}, "foreground"),
     ):
         with pytest.raises(ValueError, match=words):
-            scfg.apply(model, **settings)
+            scfg.apply(model, Settings(**settings))
 
 
 @pytest.mark.parametrize("apart", [False, True])

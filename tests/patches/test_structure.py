@@ -7,6 +7,7 @@ from attune.demo import model as demo_model
 from attune.nodes.structure import AttuneStructureRefine
 from attune.patches import structure
 from attune.patches.maps import record as maps
+from attune.patches.maps import recorder
 from attune.tests.methods.test_structure import random_latent
 from attune.tools.benchmarks.shared.pictures import generate
 
@@ -66,7 +67,7 @@ def test_the_node_on_the_bundled_model():
     assert [i.id for i in schema.inputs] == names
     assert all(part.tooltip for part in (*schema.inputs, *schema.outputs))
     defaults = {i.id: i.default for i in schema.inputs[2:]}
-    patched, held = maps.apply(model)
+    patched, held = recorder.apply(model)
     text = ["a red star and a blue circle", "a green ring"]
     picture = generate(patched, clip, vae, text, 5.0, 1, 8)
     given = {"samples": vae.encode(picture)}

@@ -13,7 +13,8 @@ from PIL import Image
 
 from attune.language.words import Phrase, Words
 from attune.patches import regulation, scfg
-from attune.patches.maps import record as maps
+from attune.patches.maps import reading, recorder
+from attune.patches.maps.record import Settings as Kept
 from attune.server import graph
 from attune.server import previews as live
 from attune.tests import families
@@ -65,7 +66,7 @@ WORDS = Words("a b", (Phrase("b", (2,), {"l": (2,)}),), (), (0, 3, 4, 5, 6), 7, 
 
 def heat_of(name):
     """A run with captured maps of a text of seven tokens."""
-    return lambda model: maps.apply(model, observer=live.Preview("9"))[0]
+    return lambda model: recorder.apply(model, observer=live.Preview("9"))[0]
 
 
 CASES = {
@@ -113,7 +114,7 @@ def test_without_a_listener_nothing_is_gathered(server, monkeypatch):
 
 def test_words_give_their_names_and_columns(server, monkeypatch):
     monkeypatch.setattr(live, "PAUSE", 0.0)
-    patched, handle = maps.apply(families.shared("sd15"), precision="fp32", observer=live.Preview("9"))
+    patched, handle = recorder.apply(families.shared("sd15"), Kept(precision="fp32"), observer=live.Preview("9"))
     families.sample(patched, steps=1)
     assert all(name.startswith("token ") for name in server.sent[-1][1]["names"])
     server.prompt_queue.get_current_queue()[0][0][2]["7"]["inputs"]["x"] = ["2", 0]
@@ -126,7 +127,7 @@ def test_words_give_their_names_and_columns(server, monkeypatch):
     assert data["names"] == ["b"]
     layers = next(reversed(handle.records.values())).cross.values()
     size = max(place.grid for place in layers)
-    seen = [maps._mean(place, None)[0].mean(0)[:, 2].reshape(1, 1, *place.grid) for place in layers]
+    seen = [reading._mean(place, None)[0].mean(0)[:, 2].reshape(1, 1, *place.grid) for place in layers]
     expected = sum(F.interpolate(t, size=size, mode="bilinear")[0] for t in seen) / len(seen)
     low, high = expected.min(), expected.max()
     assert np.abs(tiles(data)[0] / 255 - ((expected[0] - low) / (high - low)).numpy()).max() < 0.01

@@ -16,7 +16,8 @@ from comfy.ldm.modules.attention import attention_pytorch
 
 from ...patches.hook.install import model_sites
 from ...patches.hook.sites import select
-from ...patches.maps import record as maps
+from ...patches.maps import record, recorder
+from ...patches.maps.record import Settings as Kept
 from .shared import speed
 from .shared.records import recorded
 
@@ -36,12 +37,12 @@ def measure(model: comfy.model_patcher.ModelPatcher, latent: int, steps: int) ->
     return live.peak
 
 
-def captured(plain: comfy.model_patcher.ModelPatcher, kind: str, kept: str) -> dict[str, tuple[Any, maps.Maps]]:
+def captured(plain: comfy.model_patcher.ModelPatcher, kind: str, kept: str) -> dict[str, tuple[Any, record.Maps]]:
     """The model with the default layers captured, and with every layer that has attention of that kind."""
     family, sites = model_sites(plain)
     having = [s.name for s in sites if kind == "self" or "cross" in s.kinds]
     choices = {"auto": None, "every layer": select(" ".join(having), sites, family)}
-    return {name: maps.apply(plain, heads, kind, kept, limit_mb=UNLIMITED) for name, heads in choices.items()}
+    return {name: recorder.apply(plain, Kept(kind, kept, limit_mb=UNLIMITED), heads) for name, heads in choices.items()}
 
 
 @recorded
@@ -51,8 +52,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--latent", type=int, default=64, help="latent height and width; 64 is 512×512 pixels")
     parser.add_argument("--width", type=int, default=320, help="model channels, a multiple of 32; 320 is SD1.5's")
     parser.add_argument("--steps", type=int, default=1, help="sampling steps of a run")
-    parser.add_argument("--kinds", nargs="+", choices=maps.KINDS, default=["both", "cross"])
-    parser.add_argument("--kept", choices=list(maps.STEPS), default="mean", help="which steps' maps are kept, as in the node")
+    parser.add_argument("--kinds", nargs="+", choices=record.KINDS, default=["both", "cross"])
+    parser.add_argument("--kept", choices=list(record.STEPS), default="mean", help="which steps' maps are kept, as in the node")
     args = parser.parse_args(argv)
     device = comfy.model_management.get_torch_device()
     plain = speed.with_data(args.width, device)

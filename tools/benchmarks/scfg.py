@@ -10,7 +10,8 @@ import comfy.model_patcher
 
 from ...demo import world
 from ...patches import scfg
-from ...patches.maps import record as maps
+from ...patches.maps import recorder
+from ...patches.maps.record import Settings as Kept
 from .shared import speed
 from .shared.pictures import Variant, table
 from .shared.records import recorded
@@ -24,15 +25,15 @@ def variants(plain: comfy.model_patcher.ModelPatcher) -> dict[str, comfy.model_p
     return {
         PLAIN: plain,
         "S-CFG": scfg.apply(plain)[0],
-        "S-CFG without completion": scfg.apply(plain, completion=0)[0],
-        "S-CFG outside its span": scfg.apply(plain, start_percent=1.0)[0],
-        "capture, words": maps.apply(plain, kind="cross")[0],
-        "capture, words and pixels": maps.apply(plain, kind="both")[0],
+        "S-CFG without completion": scfg.apply(plain, scfg.Settings(completion=0))[0],
+        "S-CFG outside its span": scfg.apply(plain, scfg.Settings(start_percent=1.0))[0],
+        "capture, words": recorder.apply(plain, Kept(kind="cross"))[0],
+        "capture, words and pixels": recorder.apply(plain)[0],
     }
 
 
 def _patched(reference: str, model: Any) -> Any:
-    return scfg.apply(model, reference)[0]
+    return scfg.apply(model, scfg.Settings(reference))[0]
 
 
 @recorded

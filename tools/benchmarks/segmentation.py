@@ -16,7 +16,9 @@ from ...demo import model, world
 from ...demo.reader import load_reader, read, regions
 from ...language.words import prompt_words
 from ...methods import maps as maths
-from ...patches.maps import record as maps
+from ...patches.maps import recorder
+from ...patches.maps.reading import token_maps
+from ...patches.maps.record import Settings as Kept
 from .shared.pictures import generate
 from .shared.records import recorded
 
@@ -35,12 +37,12 @@ def measure(captions: list[world.Caption], seed: int, cfg: float, steps: int, ba
     found: dict[str, list[float]] = {name: [] for name in POWERS}
     for start in range(0, len(captions), batch):
         part = captions[start : start + batch]
-        patched, held = maps.apply(base, kind="both", precision="fp32")
+        patched, held = recorder.apply(base, Kept(precision="fp32"))
         pictures = generate(patched, clip, vae, [c.text for c in part], cfg, seed + start, steps, batch)
         record = held.record()
         drawn = list(zip(read(reader, pictures), regions(reader, pictures), strict=True))
         for name, powers in POWERS.items():
-            tokens = maps.token_maps(record, None, powers, 0.5)
+            tokens = token_maps(record, None, powers, 0.5)
             for i, (caption, (reading, areas)) in enumerate(zip(part, drawn, strict=True)):
                 nouns = list(dict.fromkeys(t.noun for t in caption.things))
                 chosen = prompt_words(clip, caption.text, ", ".join(nouns))
