@@ -30,6 +30,7 @@ CHUNK = 32  # pictures read at once
 THERE = 0.3  # a thing is found where the heat is above this
 SURE = 0.5  # a thing counts as its noun at this confidence
 WIDTH = 96.0  # pixels, the width that log width 0 stands for
+INNER = 0.35 * WIDTH / CELL  # cells; a thing's inner cells are nearer to its centre than this, for width `WIDTH`
 REACH = 0.75  # a thing's region ends at this many widths from its centre
 NOUNS = (*world.NOUNS, "none")
 COLOURS = (*world.COLOURS, "unclear")
@@ -214,15 +215,21 @@ def _look(reader: Reader, images: Tensor) -> Iterator[tuple[Reading, Tensor]]:
             maps = reader(chunk.to(parameter.device).contiguous(memory_format=torch.channels_last))
         heat = maps.heat
         peaks = (heat == F.max_pool2d(heat[:, None], 5, 1, 2)[:, 0]) & (heat > math.log(THERE / (1 - THERE)))
+        covered = F.avg_pool2d(maps.cover, 2) > 0
+        down, across = torch.meshgrid(*(torch.arange(n, device=heat.device) for n in heat.shape[1:]), indexing="ij")
         for i in range(len(chunk)):
             rows, columns = peaks[i].nonzero(as_tuple=True)
             share, noun = maps.noun[i, :, rows, columns].softmax(dim=0)[:-1].max(dim=0)
-            colour, accessory, style = (
-                m[i, :, rows, columns].argmax(dim=0).tolist() for m in (maps.colour, maps.accessory, maps.style)
-            )
+            colour, accessory = (m[i, :, rows, columns].argmax(dim=0).tolist() for m in (maps.colour, maps.accessory))
             offset, size = maps.offset[i, :, rows, columns], maps.size[i, rows, columns]
-            x, y = (columns + 0.5 + offset[0]) * CELL, (rows + 0.5 + offset[1]) * CELL
-            numbers = torch.stack((x, y, size.exp() * WIDTH, share), dim=1).tolist()
+            x, y = columns + 0.5 + offset[0], rows + 0.5 + offset[1]
+            # A style is everywhere on a thing, so that all of its inner cells have a say.
+            near = (
+                torch.hypot(across + 0.5 - x[:, None, None], down + 0.5 - y[:, None, None]) < INNER * size.exp()[:, None, None]
+            )
+            inner = (near & covered[i]).float() + 1e-6 * near
+            style = torch.einsum("nhw,shw->ns", inner, maps.style[i]).argmax(dim=1).tolist()
+            numbers = torch.stack((x * CELL, y * CELL, size.exp() * WIDTH, share), dim=1).tolist()
             words = zip(noun.tolist(), colour, accessory, style, strict=True)
             things = [
                 Found(NOUNS[n], COLOURS[c] if NOUNS[n] in world.OBJECTS else "", ACCESSORIES[a], STYLES[s], *v)

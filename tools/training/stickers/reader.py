@@ -21,6 +21,7 @@ from ..stage import Stage
 from . import dataset
 
 IGNORED = -100
+STYLE_WEIGHTS = torch.tensor([0.2, *(1.0 for _ in world.STYLES)])  # three things in four have no style of their own
 SHARES = ("recall", "precision", "noun", "colour", "accessory", "style", "place", "place's style")
 
 
@@ -52,8 +53,8 @@ def wear(images: Tensor, rng: torch.Generator) -> Tensor:
         chosen = torch.rand((b, *(1 for _ in shape)), generator=rng) < share
         return (2 * torch.rand((b, *shape), generator=rng) - 1) * chosen
 
-    if torch.rand((), generator=rng) < 0.6:
-        scale = 0.4 + 0.5 * torch.rand((), generator=rng).item()
+    if torch.rand((), generator=rng) < 0.5:
+        scale = 0.55 + 0.4 * torch.rand((), generator=rng).item()
         small = F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
         soft = F.interpolate(small, size=(h, w), mode="bilinear")
         images = torch.where(torch.rand((b, 1, 1, 1), generator=rng) < 0.5, soft, images)
@@ -65,8 +66,8 @@ def wear(images: Tensor, rng: torch.Generator) -> Tensor:
     return ((images - 0.5) * (1 + 0.12 * some(0.5, 1, 1, 1)) + 0.5 + light).clamp(0, 1)
 
 
-def _loss(maps: Maps, things: Tensor, places: Tensor, covered: Tensor) -> dict[str, Tensor]:
-    """Every part of the loss of ``B`` pictures; ``covered`` is ``float [B, 64, 64]``."""
+def _loss(maps: Maps, things: Tensor, places: Tensor, owners: Tensor) -> dict[str, Tensor]:
+    """Every part of the loss of ``B`` pictures; ``owners`` is ``int64 [B, 64, 64]``, each quarter's thing from 1 on."""
     real, x, y, width, *words = things.unbind(dim=2)  # each [B, 3]
     h, w = maps.heat.shape[1:]
     columns, rows = torch.arange(w) + 0.5, torch.arange(h) + 0.5
@@ -84,18 +85,23 @@ def _loss(maps: Maps, things: Tensor, places: Tensor, covered: Tensor) -> dict[s
     parts = {"heat": -(hit + miss).sum() / centre.sum()}
     cells = mine.nonzero(as_tuple=True)
     index = (cells[0], owner[cells])
-    scores = maps.noun, maps.colour, maps.accessory, maps.style
-    for name, score, word in zip(("noun", "colour", "accessory", "style"), scores, words, strict=True):
+    scores = maps.noun, maps.colour, maps.accessory
+    for name, score, word in zip(("noun", "colour", "accessory"), scores, words[:3], strict=True):
         truth = word[index].long()
         if (truth != IGNORED).any():
             parts[name] = F.cross_entropy(score.permute(0, 2, 3, 1)[cells], truth, ignore_index=IGNORED)
+    whole = owners[:, ::2, ::2]  # style is named by every cell of a thing
+    inside = (whole > 0) & (whole == owners[:, 1::2, 1::2]) & (whole == owners[:, ::2, 1::2]) & (whole == owners[:, 1::2, ::2])
+    at = inside.nonzero(as_tuple=True)
+    truth = words[3][at[0], whole[at] - 1].long()
+    parts["style"] = F.cross_entropy(maps.style.permute(0, 2, 3, 1)[at], truth, weight=STYLE_WEIGHTS)
     empty = (heat < 0.02).nonzero(as_tuple=True)
     none = torch.full_like(empty[0], reading.NOUNS.index("none"))
     parts["empty"] = 0.1 * F.cross_entropy(maps.noun.permute(0, 2, 3, 1)[empty], none)
     place = torch.stack((x[index] / CELL - columns[cells[2]], y[index] / CELL - rows[cells[1]]), dim=1)
     parts["offset"] = F.l1_loss(maps.offset.permute(0, 2, 3, 1)[cells], place)
     parts["size"] = F.l1_loss(maps.size[cells], (width[index] / WIDTH).log())
-    parts["cover"] = 2 * F.binary_cross_entropy_with_logits(maps.cover, covered)
+    parts["cover"] = 2 * F.binary_cross_entropy_with_logits(maps.cover, (owners > 0).float())
     parts["place"] = F.cross_entropy(maps.place, places[:, 0])
     if (places[:, 1] != IGNORED).any():
         parts["place's style"] = F.cross_entropy(maps.place_style, places[:, 1], ignore_index=IGNORED)
@@ -118,18 +124,18 @@ class Pool:
                 self.shards.append((*dataset.load(split, shard), *truth))
 
     def batch(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pictures, things, places, and what is covered."""
+        """Pictures, things, places, and each quarter's thing."""
         rows = []
         for _ in range(count):
             pictures, owners, things, places = self.shards[rng.integers(len(self.shards))]
             k = int(rng.integers(len(pictures)))
-            picture, owner, thing = pictures[k], owners[k] > 0, things[k].clone()
+            picture, owner, thing = pictures[k], owners[k], things[k].clone()
             if rng.random() < 0.5:
                 picture, owner = picture[:, ::-1], owner[:, ::-1]
                 thing[:, 1] = world.SIZE - thing[:, 1]
-            rows.append((as_tensor(picture[None])[0], thing, places[k], torch.from_numpy(owner.astype(np.float32))))
-        images, things, places, covered = (torch.stack(part) for part in zip(*rows, strict=True))
-        return images, things, places, covered
+            rows.append((as_tensor(picture[None])[0], thing, places[k], torch.from_numpy(owner.astype(np.int64))))
+        images, things, places, owners = (torch.stack(part) for part in zip(*rows, strict=True))
+        return images, things, places, owners
 
 
 def train(minutes: float, batch: int = 16) -> Reader:
@@ -141,10 +147,10 @@ def train(minutes: float, batch: int = 16) -> Reader:
     compiled = torch.compile(net, dynamic=False)
 
     def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        images, things, places, covered = pool.batch(rng, batch)
+        images, things, places, owners = pool.batch(rng, batch)
         with torch.autocast("cpu", torch.bfloat16):
             maps = compiled(wear(images, generator).contiguous(memory_format=torch.channels_last))
-        parts = _loss(maps, things, places, covered)
+        parts = _loss(maps, things, places, owners)
         return torch.stack(list(parts.values())).sum(), {name: part.item() for name, part in parts.items()}
 
     stage.run(loss, batch)
