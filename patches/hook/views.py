@@ -68,9 +68,8 @@ def view(module: nn.Module, shown: Mapping[str, Any]) -> Any:
     kind: Any = getattr(type(module), "attune_kind", type(module))
     out: Any = object.__new__(_view_class(kind, frozenset(shown)))
     object.__setattr__(out, "__dict__", own)
-    object.__setattr__(
-        out, "attune_shown", {n: MethodType(m.__func__, out) if m is methods.get(n) else m for n, m in shown.items()}
-    )
+    bound = {n: MethodType(m.__func__, out) for n, m in methods.items() if shown[n] is m}
+    object.__setattr__(out, "attune_shown", {**shown, **bound})
     return out
 
 
