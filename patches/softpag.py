@@ -186,7 +186,13 @@ def _request(
     """What one perturbation asks of one site."""
 
     def blend(call: AttentionCall, chosen: ChosenHeads) -> Tensor:
-        known = Tokens(chosen.q.shape[-2], call.image, call.text)  # keys may be more: another pack's, at the end
+        queries, values = chosen.q.shape[-2], chosen.v.shape[-2]
+        if call.tokens.regrouped and queries != values:
+            raise ValueError(
+                f"SoftPAG: in {site.name} another node merges pixels (Token Merging), so that heads have no value of their own for each. Choose "
+                "heads of other layers in Select Heads, or take that node out."
+            )
+        known = Tokens(queries, call.image, call.text)  # keys may be more: another pack's, at the end
         return perturb(chosen, known, tokens, u, target, path, temperature)
 
     whole = site.kind == "self" or rows_of(tokens, target) == ALL

@@ -31,6 +31,7 @@ class AttentionCall:
         run: the run's state, or None outside a sampling run.
         forward: state of this forward alone, for whoever has to bring several of its calls together.
         first_times: of each chunk, whether this is its first forward in this evaluation (see `Chunk`).
+        tiles: rows of each picture, next to each other; more than one where another pack cuts pictures up (HyperTile).
     """
 
     site: Site
@@ -47,6 +48,7 @@ class AttentionCall:
     run: SamplingRun | None
     forward: dict[Any, Any] = field(default_factory=dict)
     first_times: tuple[bool, ...] = ()
+    tiles: int = 1
 
     @property
     def height(self) -> int:
@@ -81,5 +83,7 @@ class AttentionCall:
         if who == ALL or (who == COND and self.perturbed):
             return slice(0, self.batch)
         if isinstance(who, tuple):
-            return [c.rows.start + picture for c in self.parts() for picture in who] if self.perturbed else []
+            of = range(self.tiles)
+            numbers = [c.rows.start + p * self.tiles + tile for c in self.parts() for p in who for tile in of]
+            return numbers if self.perturbed else []
         return [row for c in self.parts(who) for row in range(c.rows.start, c.rows.stop)]

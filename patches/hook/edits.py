@@ -37,8 +37,10 @@ class WeightsOfCall:
         self.before = self.after = self.rest = torch.empty(0)
 
     def of_call(self, request: WeightsRequest) -> bool:
-        """Whether a request has anything to do here: its rows are in the batch, and the prompt is its own."""
+        """Whether a request has anything to do here: its rows are in the batch, the prompt is its own, and maps are of the picture."""
         own = request.prompt_columns is None or self.count % request.prompt_columns == 0
+        if isinstance(request, ReadWeights):
+            own = own and not self.call.tokens.regrouped
         return own and self.call.rows(request.rows) != []
 
     def _rows(self, request: WeightsRequest) -> Sequence[int]:

@@ -199,6 +199,7 @@ class Forward:
             run=self.run,
             forward=self.state,
             first_times=self.first_times,
+            tiles=max(1, batch // len(self.x)),
         )
 
     @cached_property

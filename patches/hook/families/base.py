@@ -25,12 +25,14 @@ class Tokens:
         height, width: the image tokens' grid.
         image: which tokens (queries, and keys in self- and joint attention) are image.
         text: which keys are text.
+        regrouped: another pack merges pixels or cuts the picture into tiles (Token Merging, HyperTile), so that the grid is not known.
     """
 
     height: int
     width: int
     image: slice
     text: slice
+    regrouped: bool = False
 
 
 class Family:

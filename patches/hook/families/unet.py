@@ -140,9 +140,10 @@ class UNet(Family):
 
     def tokens(self, forward: Forward, queries: int, keys: int) -> Tokens:
         height, width = forward.shape[-2:] if forward.shape else (1, queries)
-        if height * width != queries:  # another pack regroups the tokens (HyperTile and the like)
+        regrouped = height * width != queries
+        if regrouped:
             height, width = 1, queries
-        return Tokens(height, width, slice(0, queries), slice(0, keys))
+        return Tokens(height, width, slice(0, queries), slice(0, keys), regrouped)
 
 
 def _locate(forward: Forward, kind: str, extra: dict[str, Any]) -> None:
