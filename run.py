@@ -17,6 +17,7 @@ COMMANDS = {
     "measurements": ("tools.measurements", "write the tables of MEASUREMENTS.md and the README from the benchmarks' results"),
     "architecture": ("tools.architecture", "write the picture of the folders and their imports into CONTRIBUTING.md"),
     "fuzz": ("tools.robustness.fuzz", "give every node ordinary and hostile inputs, and say which break it"),
+    "stack": ("tools.robustness.stack", "run stacks of our nodes with each other and with ComfyUI's own patches"),
     "bench": ("tools.benchmarks.<name>", "run one of the benchmarks, by name"),
 }
 
