@@ -1,1 +1,1 @@
-"""Prompts as words: which token columns each word has, and which words are nouns."""
+"""Prompts: which token columns each word has, which words are nouns, and the sub-prompts that a prompt is taken apart into."""

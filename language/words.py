@@ -113,7 +113,10 @@ def prompt_words(clip: Any, text: str, words: str = "") -> Words:
     matches = list(WORD.finditer(plain))
     if not matches:
         raise ValueError("the prompt is empty: write the text that the picture is to be drawn from")
-    tokens = clip.tokenize(text, return_word_ids=True)
+    try:
+        tokens = clip.tokenize(text, return_word_ids=True)
+    except IndexError:  # ComfyUI's own, for an embedding without a name
+        raise ValueError("“embedding:” has no name after it in the prompt: write the embedding's name, or delete it") from None
     encoded = encoders(clip, tokens, segments)
     flux = set(tokens) == {"l", T5}  # there L only makes the pooled vector
     shared = [n for n in encoded if n != T5 and not flux]

@@ -1,1 +1,1 @@
-"""Scorers of pictures, and the scores made with them."""
+"""Scorers of pictures, the folders that their models come from, and the scores made with them."""

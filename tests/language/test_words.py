@@ -166,6 +166,11 @@ def test_embeddings_need_nothing_but_the_tokens_and_the_public_parts_of_tokenize
             assert named == {c for c, t in enumerate(fitting) if not isinstance(t, int)}
 
 
+def test_an_embedding_without_a_name_is_an_error(folder):
+    with pytest.raises(ValueError, match="“embedding:” has no name after it"):
+        prompt_words(make("sd15", folder), "a cat embedding:", "cat")
+
+
 @pytest.fixture(scope="module")
 def bundled():
     return demo.load()[1]
