@@ -3,6 +3,13 @@
 Shapes: ``B`` rows, ``H`` heads, ``M`` queries, ``N`` keys, ``d`` head dimension, ``T`` chosen key columns. Queries, keys
 and values are ``[B, H, M or N, d]``. All functions are differentiable and work in blocks of queries, so that nothing of
 size ``M × N`` outlives a block unless the result itself is that large.
+
+Two identities make methods cheap. Neither is of a paper: both follow from the definition of attention, row by row.
+
+1. A map edited in a few key columns ``T``, with a factor ``r`` on all others, is a low-rank correction of the fast kernel's output
+   (`replace_columns`): ``O' = Σ_{j∈T} a'_j v_j + r·Σ_{j∉T} a_j v_j = r·(O − Σ_{j∈T} a_j v_j) + Σ_{j∈T} a'_j v_j``. For logits raised by ``S`` on
+   ``T``: ``a'_j = a_j e^{S_j}/Z`` and ``r = 1/Z`` with ``Z = 1 + Σ_{j∈T} a_j (e^{S_j} − 1)``.
+2. Rows that share a map attend once, with their values side by side (`shared`): ``A [V_1 | … | V_n] = [A V_1 | … | A V_n]``.
 """
 
 from __future__ import annotations
@@ -15,7 +22,10 @@ BLOCK_ELEMENTS = 1 << 24  # logits held at once: 64 MiB in float32
 
 
 def logits(q: Tensor, k: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
-    """Scaled logits ``QKᵀ/√d + mask`` in float32 (float64 stays), ``[B, H, M, N]``; a boolean mask keeps what is true."""
+    """Scaled logits ``QKᵀ/√d + mask`` in float32 (float64 stays), ``[B, H, M, N]``; a boolean mask keeps what is true.
+
+    The argument of the softmax in equation 1 of "Attention Is All You Need" (arXiv 1706.03762).
+    """
     dtype = torch.promote_types(q.dtype, torch.float32)
     out = q.to(dtype) @ k.to(dtype).transpose(-1, -2) * (q.shape[-1] ** -0.5 if scale is None else scale)
     if mask is None:
@@ -41,7 +51,7 @@ def probabilities(
     mask: Tensor | None = None,
     mean_heads: bool = False,
 ) -> Tensor:
-    """Attention weights of some key columns.
+    """Attention weights of some key columns: ``softmax(QKᵀ/√d)`` of equation 1 of arXiv 1706.03762.
 
     Args:
         q: queries ``[B, H, M, d]``.
@@ -63,7 +73,7 @@ def probabilities(
 
 
 def replace_columns(out: Tensor, value: Tensor, before: Tensor, after: Tensor, rest: Tensor | None = None) -> Tensor:
-    """Correct an attention output for new weights in a few columns: ``O' = r·(O − Σ_j a_j v_j) + Σ_j a'_j v_j``.
+    """Correct an attention output for new weights in a few columns: ``O' = r·(O − Σ_j a_j v_j) + Σ_j a'_j v_j`` (identity 1 above).
 
     Args:
         out: the fast kernel's output ``O``, ``[B, H, M, d]``.
@@ -83,7 +93,7 @@ def replace_columns(out: Tensor, value: Tensor, before: Tensor, after: Tensor, r
 
 
 def shared(q: Tensor, k: Tensor, values: Tensor, scale: float | None = None, mask: Tensor | None = None) -> Tensor:
-    """One map for many values: attend once with ``q, k [1, H, M, d]`` and ``values [R, H, N, d]`` laid side by side.
+    """One map for many values (identity 2 above): attend once with ``q, k [1, H, M, d]`` and ``values [R, H, N, d]`` laid side by side.
 
     Returns:
         ``[R, H, M, d]``: what every row's values give under the one map.

@@ -135,18 +135,21 @@ def _apply_model(
         blocks = run.prefixes.stand_ins(family, own.replay_before, x, options, own.rows)
     elif run is not None and prefixes:
         blocks = run.prefixes.recorders(family, prefixes, x, options, first_times)
-    if asked:
-        forward = Forward(family, asked, x, c_crossattn, options, first_times)
-        for block, act in family.locate(forward).items():
-            if own is None or block not in blocks:  # a block that is replayed attends to nothing
-                blocks[block] = Around(blocks.get(block, family.block(block)), act)
+    around = family.locate(Forward(family, asked, x, c_crossattn, options, first_times)) if asked else {}
+    for block, act in around.items():
+        if own is None or block not in blocks:  # a block that is replayed attends to nothing
+            blocks[block] = Around(blocks.get(block, family.block(block)), act)
     if not blocks:
         return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
     model = with_blocks(family.model, family.attributes, blocks)
     go_on = through(executor, view(base, {"diffusion_model": model}))
-    if go_on is None:
-        raise RuntimeError(
-            "Attune cannot find the model's attention layers, since another node has put a function of its own in place of the model's; take "
-            "that node out."
-        )
-    return go_on(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    if go_on is None and not around:  # only a prefix to record or to replay, which spares time and changes nothing
+        return executor(x, t, c_concat, c_crossattn, control, options, **kwargs)
+    if go_on is not None:
+        out = go_on(x, t, c_concat, c_crossattn, control, options, **kwargs)
+        if not around or not model.attune_read.isdisjoint(family.attributes):
+            return out
+    raise RuntimeError(
+        "Attune cannot find the model's attention layers, since another node has put a function of its own in place of the model's; take that "
+        "node out."
+    )

@@ -114,9 +114,9 @@ class PrefixCache:
             found.append(prefix)
 
         def of(t: Tensor) -> Tensor:
-            t = t.to(x.device)  # where another device ran the conditional pass
-            return t if rows is None else t[rows]
+            return t if rows is None else t[rows.to(t.device)]
 
-        return {
-            b: tuple(cat([of(t) for t in parts]) for parts in zip(*(p.outputs[b] for p in found), strict=True)) for b in needed
-        }
+        def joined(parts: Sequence[Tensor]) -> Tensor:
+            return cat([of(t).to(parts[0].device) for t in parts])  # several devices may have run them
+
+        return {b: tuple(joined(parts) for parts in zip(*(p.outputs[b] for p in found), strict=True)) for b in needed}

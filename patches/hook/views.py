@@ -43,24 +43,38 @@ class Around(nn.Module):
             return getattr(super().__getattr__("block"), name)
 
 
+class _Shown:
+    """An attribute of a view's class: what the view shows; asked for on the class, what the module's class has."""
+
+    def __init__(self, kind: type, name: str):
+        self.kind, self.name = kind, name
+
+    def __get__(self, seen: Any, owner: Any = None) -> Any:
+        if seen is None:
+            return getattr(self.kind, self.name)
+        seen.attune_read.add(self.name)
+        return seen.attune_shown[self.name]
+
+    def __set__(self, seen: Any, value: Any) -> None:
+        seen.attune_shown[self.name] = value
+
+
 @functools.cache
 def _view_class(kind: type, names: frozenset[str]) -> type:
     """A subclass of a module's class that shows something else under some names."""
-
-    def shown(name: str) -> property:
-        def put(self: Any, value: Any) -> None:
-            self.attune_shown[name] = value
-
-        return property(lambda self: self.attune_shown[name], put)
-
-    members = {"__slots__": ("attune_shown",), "attune_kind": kind, **{name: shown(name) for name in names}}
+    members = {
+        "__slots__": ("attune_shown", "attune_read"),
+        "attune_kind": kind,
+        **{name: _Shown(kind, name) for name in names},
+    }
     return type(kind)(kind.__name__, (kind,), members)
 
 
 def view(module: nn.Module, shown: Mapping[str, Any]) -> Any:
     """A view of a module that shows other things under some names; everything else is the module's own, set through the view as well.
 
-    Methods that other packs have put on the module itself are bound to the view, so that they find what is shown.
+    Methods that other packs have put on the module itself are bound to the view, so that they find what is shown. ``attune_read`` are the names
+    that somebody has looked up on the view.
     """
     own, inner = vars(module), getattr(module, "attune_shown", {})  # of a module that is a view itself
     methods = {n: m for n, m in {**own, **inner}.items() if isinstance(m, MethodType) and m.__self__ is module}
@@ -70,6 +84,7 @@ def view(module: nn.Module, shown: Mapping[str, Any]) -> Any:
     object.__setattr__(out, "__dict__", own)
     bound = {n: MethodType(m.__func__, out) for n, m in methods.items() if shown[n] is m}
     object.__setattr__(out, "attune_shown", {**shown, **bound})
+    object.__setattr__(out, "attune_read", set())
     return out
 
 

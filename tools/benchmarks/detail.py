@@ -11,6 +11,7 @@ import statistics
 import time
 import unittest.mock as mock
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import comfy.model_management
@@ -126,16 +127,17 @@ class _ToData(torch.autograd.Function):
 def flops(args: argparse.Namespace) -> None:
     """Count one step of each kind and one update, and add them up to whole runs."""
     patcher = speed.without_data(args.width)
-    shapes = patcher.model.diffusion_model.forward
+    network = patcher.model.diffusion_model
+    shapes = network.forward.__func__
 
-    def forward(x: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
-        shapes(_ToShapes.apply(x), *rest, **kwargs)
+    def forward(self: Any, x: Tensor, *rest: Any, **kwargs: Any) -> Tensor:
+        shapes(self, _ToShapes.apply(x), *rest, **kwargs)
         return torch.zeros_like(x)
 
     def reader(self: Session, columns: Any, prompt_columns: int, act: Callable[..., None]) -> Any:
         return whole(self, columns, prompt_columns, lambda call, weights: act(call, _ToData.apply(weights)))
 
-    patcher.model.diffusion_model.forward = forward
+    network.forward = MethodType(forward, network)
     whole, counted = Session.reader, {}
     variants = {name: run for name, run in runs(patcher, 1, args.latent).items() if "exclusive" not in name}
     with mock.patch.object(Session, "reader", reader), mock.patch.object(maths, "UPDATES", (1, 1)):

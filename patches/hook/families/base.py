@@ -108,8 +108,9 @@ class Replayed(nn.Module):
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         if self.recorded is not None:
+            device = next(t.device for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
             # A copy: ComfyUI adds ControlNet's residuals in place.
-            copies = tuple(t.clone() for t in self.recorded)
+            copies = tuple(t.to(device, copy=True) for t in self.recorded)
             return copies if len(copies) > 1 else copies[0]
         if "img" in kwargs:
             return kwargs["img"], kwargs["txt"]

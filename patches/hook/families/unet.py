@@ -36,7 +36,7 @@ class _Replayed(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         # A copy: ComfyUI adds ControlNet's residuals in place.
-        return x if self.recorded is None else self.recorded[0].clone()
+        return x if self.recorded is None else self.recorded[0].to(x.device, copy=True)
 
 
 class _SkippedTransformer(SpatialTransformer):

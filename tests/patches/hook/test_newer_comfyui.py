@@ -280,13 +280,29 @@ def test_a_compiled_model_is_run_as_it_is_where_its_blocks_are_others() -> None:
 
 def test_a_function_in_place_of_the_models_own_is_told() -> None:
     model = families.build("flux")
-    base = model.model
-    own = base._apply_model
-    base._apply_model = lambda *args, **kwargs: own(*args, **kwargs)
-    read = ReadWeights({("double.1", "joint"): None}, lambda call, w: None)
-    with pytest.raises(RuntimeError, match="another node has put a function of its own"):
-        sample(with_requests(model, read))
-    sample(model)
+    perturbed = softpag.apply(model, 2, 1, 0, 1, 0, heads_of(model, "single.1"))
+    read = with_requests(model, ReadWeights({("double.1", "joint"): None}, lambda call, w: None))
+    plain = sample(model)
+    for owner, name in ((model.model, "_apply_model"), (model.model.diffusion_model, "forward")):
+        own = getattr(owner, name)
+        setattr(owner, name, lambda *args, own=own, **kwargs: own(*args, **kwargs))
+        for patched in (read, perturbed):
+            with pytest.raises(RuntimeError, match="another node has put a function of its own"):
+                sample(patched)
+        assert torch.equal(sample(model), plain)
+        delattr(owner, name)
+    sample(read)
+
+
+def test_a_prefix_is_only_spared_time_where_it_cannot_be_replayed() -> None:
+    """A UNet says itself where it is."""
+    model = families.build("sd15")
+    network = model.model.diffusion_model
+    patched = softpag.apply(model, 2, 1, 0, 1, 0)
+    right = sample(patched)
+    own = network.forward
+    network.forward = lambda *args, **kwargs: own(*args, **kwargs)
+    close(sample(patched), right)
 
 
 def test_a_view_of_a_layer_calls_another_forward() -> None:

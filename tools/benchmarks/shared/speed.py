@@ -9,6 +9,7 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Sequence
+from types import MethodType
 from typing import Any
 
 import comfy.model_management
@@ -65,17 +66,16 @@ def with_data(width: int, device: torch.device) -> comfy.model_patcher.ModelPatc
 def without_data(width: int) -> comfy.model_patcher.ModelPatcher:
     """A MODEL to count with: the sampler works on the CPU as ever, the UNet only on shapes, and it predicts zeros."""
     model = sd15(width, torch.device("meta"))
-    forward = model.diffusion_model.forward
 
-    def on_shapes(x: Tensor, timesteps: Tensor, context: Tensor, **kwargs: Any) -> Tensor:
-        forward(x.to("meta"), timesteps.to("meta"), context.to("meta"), **kwargs)
+    def on_shapes(self: Any, x: Tensor, timesteps: Tensor, context: Tensor, **kwargs: Any) -> Tensor:
+        type(self).forward(self, x.to("meta"), timesteps.to("meta"), context.to("meta"), **kwargs)
         return torch.zeros_like(x)
 
     def attend(function: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
         q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
         return (q @ k.transpose(-1, -2) @ v).transpose(1, 2).flatten(2)
 
-    model.diffusion_model.forward = on_shapes
+    model.diffusion_model.forward = MethodType(on_shapes, model.diffusion_model)
     patcher = Weightless(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
     patcher.model_options["transformer_options"] = {"optimized_attention_override": attend}
     return patcher
