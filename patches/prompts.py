@@ -70,6 +70,7 @@ def guard(patched: ModelPatcher, method: str, words: Words, observer: Observer =
         cond = prompt(getattr(executor.class_obj, "conds", {}))
         if cond is not None:
             compare_words(method, words, cond, observer)
+            compare_columns(method, words, cond)
         return executor(*args, **kwargs)
 
     patched.add_wrapper_with_key(comfy.patcher_extension.WrappersMP.OUTER_SAMPLE, KEY, compare)
@@ -103,7 +104,16 @@ def compare_words(method: str, words: Words, cond: Mapping[str, Any], observer: 
             f"{method}: these words are of the prompt “{words.text}”, and the sampler's positive prompt {said}. Connect Prompt Words' "
             "conditioning output to the sampler, or give it the same text."
         )
-    if columns != words.total:
+
+
+def compare_columns(method: str, words: Words, cond: Mapping[str, Any]) -> None:
+    """Compare the number of token columns that words and a conditioning have.
+
+    Raises:
+        ValueError: when they differ.
+    """
+    context = cond.get("cross_attn")
+    if isinstance(context, Tensor) and (columns := context.shape[1]) != words.total:
         raise ValueError(
             f"{method}: these words are of a prompt with {words.total} token columns, and the sampler's positive prompt has "
             f"{columns}. Connect the same CLIP and the same text to Prompt Words and to CLIP Text Encode; prompts that "

@@ -53,6 +53,9 @@ class Settings:
     form: str = PAPER
 
 
+DEFAULTS = Settings()
+
+
 @dataclass
 class _Layer:
     """One layer's edit of one conditioning: the running average, and the sampling step that it is of."""
@@ -167,7 +170,7 @@ def start_and_end(words: Words) -> tuple[int, ...]:
 def apply(
     model: ModelPatcher,
     words: Words,
-    settings: Settings = Settings(),
+    settings: Settings = DEFAULTS,
     heads: Heads | None = None,
     observer: Observer = NOBODY,
 ) -> ModelPatcher:

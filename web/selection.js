@@ -1,4 +1,4 @@
-// The selection grammar of Select Heads, as patches/sites.py reads it. A layout's `layers` are [name, heads] in order.
+// The selection grammar of Select Heads, as patches/hook/sites.py reads it. A layout's `layers` are [name, heads] in order.
 
 const PAPER = /^L([\d,\-*]+)(?:H([\d,\-*]+))?$/i
 

@@ -228,9 +228,9 @@ def _look(reader: Reader, images: Tensor) -> Iterator[tuple[Reading, Tensor]]:
                 torch.hypot(across + 0.5 - x[:, None, None], down + 0.5 - y[:, None, None]) < INNER * size.exp()[:, None, None]
             )
             inner = (near & covered[i]).float() + 1e-6 * near
-            style = torch.einsum("nhw,shw->ns", inner, maps.style[i]).argmax(dim=1).tolist()
+            styles = torch.einsum("nhw,shw->ns", inner, maps.style[i]).argmax(dim=1).tolist()
             numbers = torch.stack((x * CELL, y * CELL, size.exp() * WIDTH, share), dim=1).tolist()
-            words = zip(noun.tolist(), colour, accessory, style, strict=True)
+            words = zip(noun.tolist(), colour, accessory, styles, strict=True)
             things = [
                 Found(NOUNS[n], COLOURS[c] if NOUNS[n] in world.OBJECTS else "", ACCESSORIES[a], STYLES[s], *v)
                 for (n, c, a, s), v in zip(words, numbers, strict=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -10,8 +10,12 @@ from PIL import Image, ImageDraw, ImageFont
 from torch import Tensor
 
 from ...methods import maps as maths
+from ..prompts import compare_words
 from .reading import token_maps
 from .record import Record
+
+if TYPE_CHECKING:
+    from ...language.words import Words
 
 VIEWS = ("mean", "per layer", "per head", "per step")
 MOST_ROWS = 128  # of pictures in a grid
@@ -55,12 +59,13 @@ def _grid(rows: list[list[tuple[str, Tensor]]]) -> Tensor:
     return torch.cat([torch.nn.functional.pad(line, (0, 0, 0, width - line.shape[2])) for line in lines], dim=1)
 
 
-def show(record: Record, words: Any, image: Tensor, view: str = "mean") -> tuple[Tensor, Tensor]:
+def show(record: Record, words: Words, image: Tensor, view: str = "mean") -> tuple[Tensor, Tensor]:
     """Heat grids ``[B, height, width, 3]`` and soft masks ``[words · B, H, W]`` (all pictures of a word together).
 
     Raises:
         ValueError: when image, words and maps do not belong together, or the view needs what was not kept.
     """
+    compare_words("Show Attention Maps", words, record.cond)
     image = _fits(record, image)
     size = (image.shape[1], image.shape[2])
     phrases = [p.columns for p in words.phrases]
@@ -100,7 +105,7 @@ def show(record: Record, words: Any, image: Tensor, view: str = "mean") -> tuple
     return _grid(rows), mean.transpose(0, 1).flatten(0, 1)
 
 
-def segmentation(record: Record, words: Any, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def segmentation(record: Record, words: Words | None, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """Coloured regions ``[B, height, width, 3]``, hard masks ``[words · B, H, W]``, foreground masks ``[B, H, W]``.
 
     Without words, foreground against background.
@@ -108,6 +113,8 @@ def segmentation(record: Record, words: Any, image: Tensor) -> tuple[Tensor, Ten
     Raises:
         ValueError: when image, words and maps do not belong together.
     """
+    if words is not None:
+        compare_words("Attention Segmentation", words, record.cond)
     image = _fits(record, image)
     size = (image.shape[1], image.shape[2])
     if words is None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Container, Iterator
+from collections.abc import Container, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -69,6 +69,7 @@ class Record:
         cross, pixels: places by site, in order of execution.
         planned: bytes that it will take; ``dropped``: that was too much, and nothing is kept.
         origin: what made the picture (`Observer.origin`).
+        cond: the conditioning that the maps are of, or nothing outside a run.
     """
 
     latent: tuple[int, int]
@@ -78,6 +79,7 @@ class Record:
     planned: int = 0
     dropped: bool = False
     origin: Any = None
+    cond: Mapping[str, Any] = field(default_factory=dict)
 
     def places(self) -> Iterator[Place]:
         yield from self.cross.values()
@@ -91,7 +93,7 @@ class Record:
         """One site's part, or one head's of it."""
         place = self.cross[site]
         frames = place.frames if head is None else {k: t[:, head : head + 1] for k, t in place.frames.items()}
-        return Record(self.latent, self.pictures, {site: Place(place.grid, frames)})
+        return Record(self.latent, self.pictures, {site: Place(place.grid, frames)}, cond=self.cond)
 
     @property
     def steps(self) -> list[int]:

@@ -8,6 +8,7 @@ from typing import Any
 
 from torch import Tensor
 
+from ...language.words import PROMPT
 from ...methods import maps as maths
 from ..hook.call import AttentionCall
 from ..hook.install import ModelPatcher, model_sites, request
@@ -74,7 +75,7 @@ class Recorder:
             return
         record: Record | None = run.state.get(self)
         if record is None:
-            record = run.state[self] = Record(call.latent, call.pictures)
+            record = run.state[self] = Record(call.latent, call.pictures, cond=self._cond(call))
             run.finished.append(lambda: self._finish(record))  # type: ignore[arg-type]
         if record.dropped:
             return
@@ -117,6 +118,12 @@ class Recorder:
                 "(Conditioning Combine), whose maps will be kept."
             )
         return None if positive else next((u for u, role in zip(call.uuids, call.chunks, strict=False) if role == 0), None)
+
+    @staticmethod
+    def _cond(call: AttentionCall) -> dict[str, Any]:
+        """What words are compared with that claim to be of these maps."""
+        whole = whole_picture(call.run.conds.get("positive", ())) if call.run is not None else None
+        return {name: whole[name] for name in ("cross_attn", PROMPT) if name in whole} if whole is not None else {}
 
     def _fits(self, record: Record, call: AttentionCall, weights: Tensor) -> bool:
         """Whether there is room for these weights; where maps are all that is wanted, too little is an error."""

@@ -755,6 +755,32 @@ def test_the_command(user, tmp_path, capsys):
         assert words in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("name", ["flux", "sd3"])
+def test_a_command_searches_with_the_papers_guidance_of_flux(name, monkeypatch):
+    class Clip:
+        def tokenize(self, text):
+            return text
+
+        def encode_from_tokens_scheduled(self, tokens):
+            return families.text(len(tokens))
+
+    monkeypatch.setattr(command, "load_model", lambda config: (families.shared(name), Clip(), Vae()))
+    monkeypatch.setattr(command, "load_scorer", lambda text: Contrast())
+    config = {
+        "model": "m",
+        "prompts": ["a cat", "a dog"],
+        "styles": ["ink", "oil"],
+        "scorer": ["clip: a", "clip: b"],
+        "width": 64,
+        "height": 64,
+    }
+    made = command.engine_of(config)
+    assert [p[0][1].get("guidance") for p in made.positives] == [0.0 if name == "flux" else None] * 4
+    assert made.texts == ["ink, a cat", "ink, a dog", "oil, a cat", "oil, a dog"] and len(made.scorers) == 2
+    assert made.settings.cfg == 1.0 and made.settings.scale == (8.0 if name == "flux" else 3.0)
+    assert command.plan_of(command.filled({"preset": "style"})) == Plan(5, 3, 5)
+
+
 # --- many machines --------------------------------------------------------------------------------------------------------
 
 

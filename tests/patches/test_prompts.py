@@ -5,6 +5,7 @@ import torch
 
 from attune.language.words import PROMPT, Phrase, Prompt, Words, column_lengths
 from attune.patches import fusion, prompts, refine, regulation
+from attune.patches.maps import pictures, recorder
 from attune.patches.observer import Observer
 from attune.server import graph
 from attune.tests import families
@@ -65,6 +66,20 @@ def test_a_run_with_words_of_another_prompt_ends_before_its_first_step(method):
     assert not steps
     own = [[encoded(2), {**other[0][1], PROMPT: Prompt("a cat", "c0")}]]
     assert families.sample(patched, positive=own).isfinite().all()
+
+
+def test_maps_are_not_shown_for_words_of_another_prompt():
+    patched, held = recorder.apply(families.shared("sd15"))
+    families.sample(
+        patched,
+        positive=[[encoded(2), {"pooled_output": torch.zeros(1, families.WIDTH), PROMPT: Prompt("a dog", "d0")}]],
+        steps=1,
+    )
+    record, image = held.record(), torch.zeros(1, 64, 64, 3)
+    for paint in (pictures.show, pictures.segmentation):
+        with pytest.raises(ValueError, match=r"of the prompt “a cat”.*is “a dog”"):
+            paint(record, words("a cat", tokens="c0"), image)
+        assert paint(record, words("a dog", tokens="d0"), image)[0].isfinite().all()
 
 
 def test_the_workflow_tells_the_text_that_is_sampled():

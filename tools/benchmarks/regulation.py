@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import math
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -22,6 +23,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ...demo import model, world
 from ...demo.reader import Reader, Verdict, load_reader
 from ...language.words import Phrase, Words, prompt_words
+from ...methods import regulation as maths
 from ...patches import regulation
 from ...patches.hook.install import model_sites
 from ...patches.hook.sites import select
@@ -33,7 +35,7 @@ from .shared.speed import PLAIN
 Settings = regulation.Settings
 HALF = "regulation, half of the steps"
 LIMITS = {HALF: 1.12}
-LAUNCHES = 200
+LAUNCHES = 50  # of a regulated layer, on average over the 25 regulated steps of the paper's 50
 BARE = {"empty", "empty_like", "empty_strided", "new_empty", "_unsafe_view", "detach", "detach_", "lift_fresh", "sym_size"}
 
 # A prompt of the usual length that names two things, one of them of two tokens.
@@ -70,18 +72,69 @@ class Launches(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def launches() -> float:
-    """Kernels that one regulated layer adds to a step."""
+def launches(settings: Settings) -> tuple[float, float]:
+    """Kernels that one regulated layer adds to the first step, and to a later one."""
     plain = speed.with_data(32, torch.device("cpu"))
     family, sites = model_sites(plain)
-    counts = []
-    for patched in (plain, regulation.apply(plain, WORDS, Settings(end_percent=1.0))):
-        run = speed.stepper(patched, 1, 16)
-        run()
-        with Launches() as counter:
+    patched, counts = regulation.apply(plain, WORDS, settings), []
+    for steps in (1, 2):
+        added = []
+        for model_of in (plain, patched):
+            run = speed.stepper(model_of, steps, 16)
             run()
-        counts.append(counter.count)
-    return (counts[1] - counts[0]) / len(regulation.auto_layers(sites, family))
+            with Launches() as counter:
+                run()
+            added.append(counter.count)
+        counts.append((added[1] - added[0]) / len(regulation.auto_layers(sites, family)))
+    return counts[0], counts[1] - counts[0]
+
+
+def synthetic(size: int, turn: float, maps: int = 8) -> Tensor:
+    """Smooth random weights of two words and of all others together, ``[3, maps, size²]``; ``turn`` goes from some maps to others."""
+    parts = []
+    for seed in (1, 2):
+        noise = torch.randn(maps, 12, 16, 16, generator=torch.Generator().manual_seed(seed))
+        side = torch.exp(-((torch.arange(16)[:, None] - torch.arange(16)) ** 2) / 6.0)
+        smooth = side @ noise @ side
+        parts.append(1.5 * smooth / smooth.std())
+    scores = math.cos(turn) * parts[0] + math.sin(turn) * parts[1]
+    scores[:, 0] += 5.0  # the start token
+    large = F.interpolate(scores, (size, size), mode="bilinear").flatten(2).transpose(1, 2)
+    return maths.with_others(large.softmax(dim=-1)[:, None], torch.tensor([2, 4]))[:, :, 0]
+
+
+def reached(size: int, steps: int = 10) -> list[float]:
+    """The 90 % quantile of two words on maps that change from step to step: plain, in the first step, on average, and by the released code."""
+    p, released = (maths.problem((size, size), 2, 80.0, weight, None, form) for weight, form in ((0.1, False), (0.09, True)))
+    average: Tensor | None = None
+    out = []
+    for step in range(steps):
+        weights = synthetic(size, 0.05 * step)
+        theta = maths.start(2, weights.shape[1], step, weights)
+        if average is None:
+            average = maths.solve(weights, maths.additive(theta, p), p)
+        else:
+            average = maths.average(average, maths.solve(weights, average, p, again=True), regulation.DEFAULTS.ema)
+        edits = [torch.zeros_like(average), average, maths.published(weights, theta, released)]
+        out.append([float(maths.quantile(maths.regulated(weights.log(), edit)[:-1]).mean()) for edit in edits])
+    plain, ours, theirs = (list(values) for values in zip(*out, strict=True))
+    return [sum(plain) / steps, ours[0], sum(ours) / steps, sum(theirs) / steps]
+
+
+def effort() -> None:
+    """Print what is started on a GPU, and what it reaches."""
+    print("\n| form | launches per layer: first step | later step | average of 10 steps | average of 25 steps | limit |")
+    print("|---|---|---|---|---|---|")
+    for form in regulation.FORMS:
+        first, later = launches(Settings(form=form, end_percent=1.0))
+        averages = " | ".join(f"{(first + (steps - 1) * later) / steps:.0f}" for steps in (10, 25))
+        print(
+            f"| {form} | {first:.0f} | {later:.0f} | {averages} | {LAUNCHES if form == regulation.PAPER else ''} |", flush=True
+        )
+    print("\n| map | 90 % quantile: plain | first step | average of 10 steps | released code |")
+    print("|---|---|---|---|---|")
+    for size in (16, 32, 64):
+        print(f"| {size}×{size} | " + " | ".join(f"{value:.2f}" for value in reached(size)) + " |", flush=True)
 
 
 # --- the effect -------------------------------------------------------------------------------------------------------
@@ -143,6 +196,7 @@ def settings(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", type=float, nargs="+", default=[value])
     parser.add_argument("--end-percent", type=float, nargs="+", default=[0.5])
     parser.add_argument("--iterations", type=int, nargs="+", default=[20])
+    parser.add_argument("--effort-only", action="store_true", help="count launches and the quantile reached, measure nothing")
 
 
 def rows(args: argparse.Namespace) -> list[tuple[str, Callable]]:
@@ -170,13 +224,16 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     settings(parser)
     own, rest = parser.parse_known_args(argv)
+    if own.effort_only:
+        effort()
+        return 0
     if not own.effect_only:
         about = (
-            f"{__doc__} Also: --cost-only, --effect-only; of the second table --prompts, --things, --split, --cfg, --seed, and the node's "
-            "settings."
+            f"{__doc__} Also: --cost-only, --effect-only, --effort-only; of the second table --prompts, --things, --split, --cfg, --seed, and "
+            "the node's settings."
         )
         speed.main("regulation", about, variants, LIMITS, rest, with_flops=False)
-        print(f"\nkernel launches per regulated layer and step: {launches():.0f} (limit {LAUNCHES})")
+        effort()
     if not own.cost_only:
         print(
             f"\nThe bundled model, {own.prompts} held-out prompts of {own.things} things ({own.split}), 20 steps, cfg {own.cfg:g}, the same "

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Sequence
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
 import comfy.model_patcher
 
-from ...demo import world
+from ...demo import model, world
 from ...patches import scfg
+from ...patches.hook.install import model_sites
 from ...patches.maps import recorder
+from ...patches.maps.layers import auto_sites, every_site
+from ...patches.maps.reading import token_maps
 from ...patches.maps.record import Settings as Kept
 from .shared import speed
-from .shared.pictures import Variant, table
+from .shared.pictures import Variant, generate, table
 from .shared.records import recorded
 from .shared.speed import PLAIN
 
@@ -32,8 +37,38 @@ def variants(plain: comfy.model_patcher.ModelPatcher) -> dict[str, comfy.model_p
     }
 
 
-def _patched(reference: str, model: Any) -> Any:
-    return scfg.apply(model, scfg.Settings(reference))[0]
+def distance(captions: Sequence[world.Caption], cfg: float, seed: int) -> None:
+    """Print how far fewer layers are from all: shares of pixels that go to another token, or to the other side of the foreground.
+
+    By the mean maps of the conditional half. In this model each block has one layer, so that the node's selection is all of them; what leaving
+    layers out does is shown by every second one.
+    """
+    base, clip, vae = model.load()
+    family, sites = model_sites(base)
+    every = [s.name for s in every_site(sites, family)]
+    rows = {"selection": [s.name for s in auto_sites(sites, family)], "every second layer": every[::2]}
+    found: dict[str, list[list[float]]] = {name: [] for name in rows}
+    for i, caption in enumerate(captions):
+        patched, maps = scfg.apply(base, scfg.Settings(layers=scfg.ALL_LAYERS))
+        generate(patched, clip, vae, [caption.text], cfg, seed + i)
+        record = maps.record()
+        for name, names in rows.items():
+            part = replace(record, cross={s: record.cross[s] for s in names}, pixels={s: record.pixels[s] for s in names})
+            shares = []
+            for pair in (False, True):
+                few, all_of_them = (token_maps(r, None, 4, 0.5, against_start=pair).argmax(dim=1) for r in (part, record))
+                shares.append(float((few != all_of_them).float().mean()))
+            found[name].append(shares)
+    print(f"\nLayers that are read, against all {len(every)} of the bundled model, on {len(captions)} pictures:")
+    print("| layers | of them | token labels that differ | foreground that differs |")
+    print("|---|---|---|---|")
+    for name, values in found.items():
+        cells = [f"{100 * sum(v) / len(v):.0f} % ({100 * min(v):.0f}-{100 * max(v):.0f})" for v in zip(*values, strict=True)]
+        print(f"| {name} | {len(rows[name])} | {' | '.join(cells)} |", flush=True)
+
+
+def _patched(settings: scfg.Settings, plain: Any) -> Any:
+    return scfg.apply(plain, settings)[0]
 
 
 @recorded
@@ -43,6 +78,7 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--cost-only", action="store_true", help="skip the effect")
     parser.add_argument("--effect-only", action="store_true", help="skip the cost")
     parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--distance", type=int, default=20, help="pictures on which the selected layers are held against all")
     parser.add_argument("--split", choices=("test", "tune"), default="test")
     parser.add_argument("--cfg", type=float, default=5.0)
     own, rest = parser.parse_known_args(argv)
@@ -52,6 +88,9 @@ def main(argv: list[str]) -> int:
     if not own.cost_only:
         print(f"\nThe bundled model, {own.prompts} held-out prompts of two things, 20 steps, the same seeds:")
         rows = [Variant("plain", lambda m: m, own.cfg)]
-        rows += [Variant(f"S-CFG, {r}", partial(_patched, r), own.cfg) for r in scfg.REFERENCES]
+        rows += [Variant(f"S-CFG, {r}", partial(_patched, scfg.Settings(r)), own.cfg) for r in scfg.REFERENCES]
+        rows += [Variant("S-CFG, all layers", partial(_patched, scfg.Settings(layers=scfg.ALL_LAYERS)), own.cfg)]
         table(rows, world.prompts(own.split, own.prompts), 1000, 20)
+    if own.distance:
+        distance(world.prompts(own.split, own.distance), own.cfg, 1000)
     return 0

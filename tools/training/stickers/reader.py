@@ -134,8 +134,8 @@ class Pool:
                 picture, owner = picture[:, ::-1], owner[:, ::-1]
                 thing[:, 1] = world.SIZE - thing[:, 1]
             rows.append((as_tensor(picture[None])[0], thing, places[k], torch.from_numpy(owner.astype(np.int64))))
-        images, things, places, owners = (torch.stack(part) for part in zip(*rows, strict=True))
-        return images, things, places, owners
+        drawn, of_things, of_places, of_cells = (torch.stack(part) for part in zip(*rows, strict=True))
+        return drawn, of_things, of_places, of_cells
 
 
 def train(minutes: float, batch: int = 16) -> Reader:
