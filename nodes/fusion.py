@@ -46,5 +46,5 @@ class AttunePhraseFusion(AttuneNode):
     def execute(cls, model, words, strength) -> io.NodeOutput:
         phrases = fusable(words)
         said = phrases.summary if phrases.phrases else "nothing to fuse, since every phrase is a single token"
-        tell(getattr(cls.hidden, "unique_id", None), f"Phrase Fusion: {said}")
+        tell(cls.hidden.unique_id, f"Phrase Fusion: {said}")
         return io.NodeOutput(fusion.apply(model, phrases, strength) if phrases.phrases else model.clone())

@@ -104,7 +104,7 @@ class AttuneSemanticGate(AttuneNode):
         floor=DEFAULTS.floor,
         mode=DEFAULTS.mode,
     ) -> io.NodeOutput:
-        observer = Preview(getattr(cls.hidden, "unique_id", None))
+        observer = Preview(cls.hidden.unique_id)
         return io.NodeOutput(
             gate.apply(
                 model,

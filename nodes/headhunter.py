@@ -221,7 +221,7 @@ class AttuneHeadHunter(AttuneNode):
     def execute(cls, **inputs) -> io.NodeOutput:
         given = {name: value[0] for name, value in inputs.items() if value and value[0] is not None}
         positives = inputs["positive"]
-        written = prompt_in_graph(cls.hidden.prompt, cls.hidden.unique_id) if cls.hidden is not None else None
+        written = prompt_in_graph(cls.hidden.prompt, cls.hidden.unique_id)
         prompts = [p for p in inputs.get("prompts") or [] if p.strip()] or ([written] if written else [])
         objective = given.get("objective", "")
         settings = Settings(**{f.name: given[f.name] for f in fields(Settings) if f.name in given})
@@ -243,7 +243,7 @@ class AttuneHeadHunter(AttuneNode):
             texts=texts_of(objective, prompts, len(positives)),
             settings=settings,
         )
-        show = _Show(given["model"], cls.hidden.unique_id if cls.hidden is not None else None)
+        show = _Show(given["model"], cls.hidden.unique_id)
         engine.callback = show.step
         log = Log(path)
         try:

@@ -129,5 +129,5 @@ class AttuneRegulation(AttuneNode):
             end_percent=end_percent,
             form=form,
         )
-        observer = Preview(getattr(cls.hidden, "unique_id", None))  # none from Python
+        observer = Preview(cls.hidden.unique_id)
         return io.NodeOutput(regulation.apply(model, words, settings, selected(model, layers), observer))

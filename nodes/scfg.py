@@ -128,4 +128,4 @@ class AttuneSemanticCFG(AttuneNode):
             layers=layers,
             form=form,
         )
-        return io.NodeOutput(*scfg.apply(model, settings, Preview(getattr(cls.hidden, "unique_id", None))))  # none from Python
+        return io.NodeOutput(*scfg.apply(model, settings, Preview(cls.hidden.unique_id)))

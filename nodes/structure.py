@@ -87,7 +87,7 @@ class AttuneStructureRefine(AttuneNode):
     def execute(
         cls, samples, strength, edge_low, edge_high, iterations, spatial_sigma, feature_sigma, maps=None
     ) -> io.NodeOutput:
-        prompt, node = (getattr(cls.hidden, name, None) for name in ("prompt", "unique_id"))  # there is none outside ComfyUI
+        prompt, node = cls.hidden.prompt, cls.hidden.unique_id
         record = None if maps is None else maps.record(made_by(prompt, node, "samples"))
         settings = (strength, edge_low, edge_high, iterations, spatial_sigma, feature_sigma)
         return io.NodeOutput(structure.refine(samples, record, *settings))

@@ -27,6 +27,7 @@ from ... import nodes
 from . import models
 from .fuzz import FINE, REFUSED, WRONG, fault, finite, own_folder
 
+PROGRESS = 200  # stacks from one line about progress to the next
 Patch: TypeAlias = Callable[[Any, str], Any]  # a MODEL and its family to the patched MODEL
 
 
@@ -308,9 +309,11 @@ def run(stack: Stack) -> tuple[str, str]:
 def failures(chosen: Sequence[Stack], counts: Counter[str], say: Callable[[str], None] = lambda line: None) -> list[str]:
     """The stacks that ended in another way than they may, each with how."""
     found = []
-    for stack in chosen:
+    for number, stack in enumerate(chosen, 1):
         kind, words = run(stack)
         counts[kind] += 1
+        if number % PROGRESS == 0:
+            say(f"{number} of {len(chosen)} stacks")
         if kind == WRONG:
             found.append(f"{stack}\n    {words}")
             say(found[-1])
