@@ -4,8 +4,8 @@ Several runs may use one model at once, on threads, and runs that know nothing o
 neither its blocks nor its hooks. A forward is given a *view* of the model instead: an object of a subclass of the model's own class that shares
 all of the model's attributes, weights and state, and shows other blocks where it is asked for its lists of blocks.
 
-What it costs: one new object for the model and one for ComfyUI's model around it, and a list of blocks, for each such forward: some 0.1 ms,
-and no memory of the device.
+What it costs: one new object for the model and one for ComfyUI's model around it, and a list of blocks, for each such forward. That is some
+0.1 ms of the processor's time for FLUX's 57 blocks, 0.5 to 2 ms for SD1.5's 25, whose layers ComfyUI walks itself, and no memory of the device.
 """
 
 from __future__ import annotations

@@ -117,6 +117,9 @@ class Replayed(nn.Module):
         return args[:2] if len(args) > 1 else args[0]
 
 
+HANDS_ON = Replayed(None)  # the same for all, as it holds nothing
+
+
 class Transformer(Family):
     """A stack of blocks that attend to text and image, each once or several times; subclasses are descriptions."""
 
@@ -155,7 +158,7 @@ class Transformer(Family):
         return Around(self.block(block), act)
 
     def replay(self, block: Block, recorded: tuple[Tensor, ...] | None) -> nn.Module:
-        return Replayed(recorded)
+        return HANDS_ON if recorded is None else Replayed(recorded)
 
     def text_before(self, forward: Forward, joint: int) -> tuple[int, int]:
         """Tokens before the image, and how many of them, at their end, are the prompt's; ``joint`` tokens are not of the image."""
