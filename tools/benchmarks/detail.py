@@ -176,7 +176,7 @@ def cost(argv: list[str]) -> None:
     parser.add_argument("--latent", type=int, default=64, help="latent height and width; 64 is 512×512 pixels")
     parser.add_argument("--width", type=int, default=320, help="model channels, a multiple of 32; 320 is SD1.5's")
     parser.add_argument("--steps", type=int, default=1, help="sampling steps in a timed run")
-    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each variant")
+    parser.add_argument("--rounds", type=int, default=3, help="timed runs of each variant; 0 takes only the memory's peaks")
     parser.add_argument("--variants", nargs="*", default=[], help="only variants with one of these words in their names")
     parser.add_argument("--flops-only", action="store_true", help="count FLOPs, measure nothing: seconds instead of minutes")
     args = parser.parse_args(argv)
@@ -187,14 +187,15 @@ def cost(argv: list[str]) -> None:
     variants = speed.named(runs(speed.with_data(args.width, device), args.steps, args.latent), args.variants)
     first = next(iter(variants))
     times, peaks = speed.interleaved(variants, args.steps, args.rounds, device)
-    plain = statistics.median(times[first])
     print(f"SD1.5-shaped UNet, {args.width} channels, latent {args.latent}×{args.latent}, {device}: ratios to {first},")
-    print(f"whose step takes {plain:.2f} s (median of {args.rounds}) and {peaks[first] / 2**20:.0f} MB beside the weights")
+    taking = f"takes {statistics.median(times[first]):.2f} s (median of {args.rounds}) and " if args.rounds else "needs "
+    print(f"whose step {taking}{peaks[first] / 2**20:.0f} MB beside the weights")
     print("| variant | time | memory beside the weights | limit |")
     print("|---|---|---|---|")
     for name, taken in times.items():
         limit = f"{LIMITS[name]:.2f}" if name in LIMITS else ""
-        print(f"| {name} | {speed.paired(taken, times[first]):.3f} | {peaks[name] / peaks[first]:.3f} | {limit} |")
+        time_of = f"{speed.paired(taken, times[first]):.3f}" if taken else "n/a"
+        print(f"| {name} | {time_of} | {peaks[name] / peaks[first]:.3f} | {limit} |")
 
 
 # --- the effect ---------------------------------------------------------------------------------------------------------
