@@ -168,7 +168,8 @@ class Session:
             if own_name(part.uuid) in self.negative:
                 continue  # another node's own pass
             first = part.rows.start
-            key = (call.site.name, call.perturbed, part.role, own_name(part.uuid))
+            # Each pass, our own and other packs', has maps of its own.
+            key = (call.site.name, call.perturbed, part.role, part.first_time, own_name(part.uuid))
             if self.now.start == 0:
                 origin = first
                 if not whole:
@@ -197,8 +198,9 @@ class Session:
         """Remember the base's self-attention ``[rows, M, M]`` in one layer: all branches share it."""
         if self.now.start == 0 and call.height > 1:  # tokens that another pack regroups are said to be a row
             for chunk in call.parts(COND):
-                start = chunk.given.start
-                self.pixels.setdefault((own_name(chunk.uuid), call.site.name), weights[start : start + self.pictures])
+                if chunk.first_time:
+                    own = weights[chunk.given.start : chunk.given.start + self.pictures]
+                    self.pixels[own_name(chunk.uuid), call.site.name] = own
 
     def read(self, plan: ReadPlan, call: AttentionCall, weights: Tensor) -> None:
         """Add the subjects' maps ``[rows, M, T]`` of one layer to those so far."""

@@ -8,6 +8,7 @@ from comfy.ldm.modules.attention import optimized_attention
 from comfy_extras.nodes_freelunch import FreeU, FreeU_V2
 from comfy_extras.nodes_hypertile import HyperTile
 from comfy_extras.nodes_model_downscale import PatchModelAddDownscale
+from comfy_extras.nodes_pag import PerturbedAttentionGuidance
 from comfy_extras.nodes_sag import SelfAttentionGuidance
 
 from attune.methods import detail as maths
@@ -53,6 +54,19 @@ def test_other_nodes(name, count):
         close(run(patched(name, model), positive, branches_at_once=2, **settings)[0], ours, 1e-3)
         assert torch.equal(run(patched(name, model), positive, branches_at_once=2, **settings)[1], masks)
     assert torch.equal(run(model, branches(), steps=2)[0], run(families.build("sd15"), branches(), steps=2)[0])
+
+
+@torch.no_grad()
+def test_another_packs_pass_does_not_change_exclusive_masks():
+    """Core's own perturbed pass runs the same prompt again in every step."""
+    model = families.build("sd15")
+    settings = {"size": (6, 8), "steps": 3, "share_until": 1.0, "masks": "exclusive", "mask_threshold": 0.3}
+    right = run(model, branches(), **settings)
+    again = PerturbedAttentionGuidance.execute(model, 1e-7).args[0]
+    for parts in (0, 2):
+        ours = run(again, branches(), branches_at_once=parts, **settings)
+        assert torch.equal(ours[1], right[1])
+        close(ours[0], right[0], 1e-3)
 
 
 def slow_losses(model, x, sigma, context, control):
