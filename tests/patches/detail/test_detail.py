@@ -633,5 +633,7 @@ def test_a_layers_own_forward_stays():
     assert seen.input_blocks[1][1].forward is not put and layer.forward is put and seen.middle_block is unet.middle_block
     assert seen.input_blocks[1][1].transformer_blocks is layer.transformer_blocks and type(seen).__name__ == type(unet).__name__
     run(model, branches(), optimize="entropy", steps=2, size=(4, 4))
-    assert layer.forward is put and {True, False} == set(ran)
+    assert (
+        layer.forward is put and ran.count(True) == 4 and False in ran
+    )  # once forwards and once backwards in each step's update
     assert "forward" not in unet.input_blocks[1][0].__dict__
