@@ -101,8 +101,8 @@ def compare_words(method: str, words: Words, cond: Mapping[str, Any], observer: 
         text = observer.prompt_text() if made_of is None else made_of.text
         said = "is another one" if text is None else f"is “{text}”"
         raise ValueError(
-            f"{method}: these words are of the prompt “{words.text}”, and the sampler's positive prompt {said}. Connect Prompt Words' "
-            "conditioning output to the sampler, or give it the same text."
+            f"{method}: these words are of the prompt “{words.text}”, and the sampler's positive prompt {said}; they are of different prompts. "
+            "Connect Prompt Words' conditioning output to the sampler, or give it the same text."
         )
 
 

@@ -116,8 +116,10 @@ def test_words_of_another_prompt_are_refused(nodes, server):
     with pytest.raises(RunError, match=r"“bench” is not in the prompt. It has these words: .*circle"):
         run_prompt(server, changed(nodes, words, words="bench"))
     long = "a red star and a blue circle " * 20
+    other = copy.deepcopy(nodes)
+    other["99"] = {"class_type": "AttuneWords", "inputs": {**nodes[words]["inputs"], "text": long, "words": "star"}}
     with pytest.raises(RunError, match="they are of different prompts"):
-        run_prompt(server, changed(nodes, words, text=long, words="star"))
+        run_prompt(server, changed(other, number(nodes, "AttuneShowMaps"), words=["99", 0]))
 
 
 class Listener(Client):

@@ -79,18 +79,19 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--effect-only", action="store_true", help="skip the cost")
     parser.add_argument("--prompts", type=int, default=200)
     parser.add_argument("--distance", type=int, default=20, help="pictures on which the selected layers are held against all")
+    parser.add_argument("--distance-only", action="store_true", help="skip cost and effect")
     parser.add_argument("--split", choices=("test", "tune"), default="test")
     parser.add_argument("--cfg", type=float, default=5.0)
     own, rest = parser.parse_known_args(argv)
-    if not own.effect_only:
-        about = f"{__doc__} Also: --cost-only, --effect-only; --prompts, --split, --cfg of the second table."
+    if not (own.effect_only or own.distance_only):
+        about = f"{__doc__} Also: --cost-only, --effect-only, --distance-only; --prompts, --split, --cfg of the second table."
         speed.main("scfg", about, variants, LIMITS, rest, with_flops=False)
-    if not own.cost_only:
+    if not (own.cost_only or own.distance_only):
         print(f"\nThe bundled model, {own.prompts} held-out prompts of two things, 20 steps, the same seeds:")
         rows = [Variant("plain", lambda m: m, own.cfg)]
         rows += [Variant(f"S-CFG, {r}", partial(_patched, scfg.Settings(r)), own.cfg) for r in scfg.REFERENCES]
         rows += [Variant("S-CFG, all layers", partial(_patched, scfg.Settings(layers=scfg.ALL_LAYERS)), own.cfg)]
         table(rows, world.prompts(own.split, own.prompts), 1000, 20)
-    if own.distance:
+    if not (own.cost_only or own.effect_only):
         distance(world.prompts(own.split, own.distance), own.cfg, 1000)
     return 0
