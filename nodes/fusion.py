@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..language.phrases import fusable
 from ..patches import fusion
-from ..server.graph import tell
+from ..server.previews import Preview
 from .base import AttuneNode
 from .inputs import steered_model
 from .words import AttuneWordsType
@@ -46,5 +46,6 @@ class AttunePhraseFusion(AttuneNode):
     def execute(cls, model, words, strength) -> io.NodeOutput:
         phrases = fusable(words)
         said = phrases.summary if phrases.phrases else "nothing to fuse, since every phrase is a single token"
-        tell(cls.hidden.unique_id, f"Phrase Fusion: {said}")
-        return io.NodeOutput(fusion.apply(model, phrases, strength) if phrases.phrases else model.clone())
+        observer = Preview(cls.hidden.unique_id)
+        observer.tell(f"Phrase Fusion: {said}")
+        return io.NodeOutput(fusion.apply(model, phrases, strength, observer=observer) if phrases.phrases else model.clone())

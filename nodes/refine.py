@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..patches import refine
+from ..server.previews import Preview
 from .base import AttuneNode
 from .inputs import percents, steered_model
 from .words import AttuneWordsType
@@ -63,4 +64,6 @@ class AttuneRefineMaps(AttuneNode):
 
     @classmethod
     def execute(cls, model, rounds, keep, sigma, start_percent, end_percent, words=None) -> io.NodeOutput:
-        return io.NodeOutput(refine.apply(model, words, rounds, keep, sigma, start_percent, end_percent))
+        return io.NodeOutput(
+            refine.apply(model, words, rounds, keep, sigma, start_percent, end_percent, observer=Preview(None))
+        )

@@ -12,6 +12,7 @@ from .hook.call import AttentionCall
 from .hook.install import ModelPatcher, request
 from .hook.requests import COND, EditWeights
 from .hook.sites import Heads
+from .observer import NOBODY, Observer
 from .prompts import edit_own, guard, text_places
 from .regulation import T5
 
@@ -38,12 +39,19 @@ def groups(words: Words) -> tuple[tuple[int, ...], ...]:
     return maths.joined(parts)
 
 
-def apply(model: ModelPatcher, words: Words, strength: float = DEFAULTS.strength, heads: Heads | None = None) -> ModelPatcher:
+def apply(
+    model: ModelPatcher,
+    words: Words,
+    strength: float = DEFAULTS.strength,
+    heads: Heads | None = None,
+    observer: Observer = NOBODY,
+) -> ModelPatcher:
     """A clone of ``model`` whose words of one phrase share their attention; with strength 0, or nothing to fuse, just a clone.
 
     Args:
         words: every phrase is fused, with all columns that it has.
         heads: a selection to work on; None is every head of every layer that attends to text.
+        observer: knows the text that is sampled.
 
     Raises:
         ValueError: for no words, a strength outside [0, 1], a selection of another model, or a model without attention to text.
@@ -64,5 +72,5 @@ def apply(model: ModelPatcher, words: Words, strength: float = DEFAULTS.strength
         return edit_own(call, weights, lambda part: (maths.fuse(part, matrix), None))
 
     request(patched, EditWeights(where, edit, rows=COND, columns=columns, prompt_columns=words.total))
-    guard(patched, METHOD, words)
+    guard(patched, METHOD, words, observer)
     return patched

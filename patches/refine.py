@@ -13,6 +13,7 @@ from .hook.install import ModelPatcher, model_sites, request
 from .hook.requests import COND, EditWeights, Span
 from .hook.sites import Heads
 from .hook.tensors import index_or_slice
+from .observer import NOBODY, Observer
 from .prompts import edit_own, guard, text_places
 from .regulation import CHUNK
 
@@ -51,6 +52,7 @@ def apply(
     start_percent: float = DEFAULTS.start_percent,
     end_percent: float = DEFAULTS.end_percent,
     heads: Heads | None = None,
+    observer: Observer = NOBODY,
 ) -> ModelPatcher:
     """A clone of ``model`` whose attention to words is refined, in the conditional rows; with 0 rounds, just a clone.
 
@@ -60,6 +62,7 @@ def apply(
     Args:
         words: whose columns are refined, in the prompt that they are of; None is every token of every positive prompt.
         heads: a selection to work on; None is every head of every layer that attends to text.
+        observer: knows the text that is sampled.
 
     Raises:
         ValueError: for settings out of range, the span the wrong way round, no words where SD3 or FLUX need them, a selection of another
@@ -117,5 +120,5 @@ def apply(
         EditWeights(where, edit, rows=COND, span=span, columns=targets if joint else None, prompt_columns=prompt_columns),
     )
     if words is not None:
-        guard(patched, METHOD, words)
+        guard(patched, METHOD, words, observer)
     return patched
