@@ -14,11 +14,11 @@ import pytest
 import torch
 from torch import Tensor
 
-from attune.patches import fusion, regulation, softpag
+from attune.patches import fusion, regulation, scfg, softpag
 from attune.patches.hook.install import model_sites, request
 from attune.patches.hook.requests import ReadWeights
 from attune.patches.hook.run import EXTRA
-from attune.patches.maps import record
+from attune.patches.maps import record, recorder
 from attune.tests import families
 from attune.tests.families import heads_of
 from attune.tests.helpers import differs
@@ -181,6 +181,7 @@ METHODS: dict[str, Callable[[Any], Any]] = {
     "SoftPAG": lambda m: softpag.apply(m, 2.0, 0.5, 0, 1, 0),
     "Attention Regulation": lambda m: regulation.apply(m, families.words((1, 2), (4,)), regulation.Settings(iterations=3)),
     "Phrase Fusion": lambda m: fusion.apply(m, families.words((1, 2)), 0.5),
+    "Semantic-aware CFG": lambda m: scfg.apply(m)[0],
 }
 
 
@@ -200,7 +201,7 @@ def test_maps_of_conditionings_on_threads(name: str) -> None:
     model = families.shared(name)
     found = []
     for threads in (False, True):
-        patched, maps = record.apply(model, kind="both", steps="every step")
+        patched, maps = recorder.apply(model, record.Settings(kind="both", steps="every step"))
         sample(on_copies(patched, threads))
         found.append(list(frames(maps.record())))
     assert len(found[0]) == len(found[1]) > 0
