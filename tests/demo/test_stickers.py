@@ -182,6 +182,32 @@ def test_other_drawings_can_stand_in_for_some_things(drawn):
 # --- the reader ------------------------------------------------------------------------------------------------------
 
 
+trained = pytest.mark.skipif(not reader.WEIGHTS.is_file(), reason="the reader of stickers is still being trained")
+
+
+@pytest.fixture(scope="module")
+def readings():
+    pictures = torch.from_numpy(np.stack([np.asarray(Image.open(p)) for p in SAMPLES])).float() / 255
+    return reader.read(reader.load_reader(), pictures)
+
+
+@trained
+def test_the_reader_reads_drawn_pictures(readings):
+    rng, right = np.random.default_rng(0), []
+    for scene, reading in zip(some("test", len(SAMPLES), seed=5), readings, strict=True):
+        verdict = reader.judge(reading, world.describe(scene, rng, full=True))
+        right += [*verdict.bound, verdict.place, verdict.place_style is not False, verdict.relation is not False]
+    assert np.mean(right) >= 0.95
+
+
+@trained
+def test_the_reader_finds_places(readings):
+    for scene, reading in zip(some("test", len(SAMPLES), seed=5), readings, strict=True):
+        found = {t.noun: t for t in reading.things}
+        near = [abs(found[t.noun].x - t.x) < 12 and abs(found[t.noun].y - t.y) < 12 for t in scene.things if t.noun in found]
+        assert all(near)
+
+
 def thing(noun, colour="", accessory="", style="", x=60.0, confidence=1.0):
     return reader.Found(noun, colour, accessory, style, x, 128.0, 90.0, confidence)
 

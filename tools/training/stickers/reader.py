@@ -216,7 +216,7 @@ def table(net: Reader, count: int) -> tuple[str, dict[str, float]]:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=15, help="training time in all; 0 only measures the shipped reader")
+    parser.add_argument("--minutes", type=float, default=45, help="training time in all; 0 only measures the shipped reader")
     parser.add_argument("--pictures", type=int, default=2000, help="held-out pictures to measure on")
     parser.add_argument("--weights", type=Path, default=reading.WEIGHTS)
     args = parser.parse_args(argv)
