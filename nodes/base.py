@@ -30,6 +30,7 @@ CLASSES: dict[str, tuple[type, str]] = {
     "ATTUNE_SCORER": (Scorer, ""),
     "ATTUNE_WORDS": (Words, "phrases"),
 }
+MOST_PICTURES = 1_000_000  # of a batch; ComfyUI makes the noise of all before the one that it wants
 ABSENT = {
     "CLIP": "there is no text encoder: this checkpoint has none, so load a CLIP on its own",
     "MODEL": "there is no diffusion model: this file has none, so load a checkpoint or a diffusion model",
@@ -171,8 +172,19 @@ def _latent(value: Any) -> str | None:
     elif getattr(samples, "ndim", 4) > 4 or getattr(samples, "is_nested", False):
         wrong = "is of a video, of sound or of something else than pictures"
     else:
-        wrong = _tensor(samples, "BCHW")
+        wrong = _tensor(samples, "BCHW") or _extras(value)
     return None if wrong is None else f"{wrong}; connect a latent of pictures, from a sampler, VAE Encode or Empty Latent Image"
+
+
+def _extras(latent: Mapping[str, Any]) -> str | None:
+    """What is wrong with a latent's noise mask and with the places of its pictures in a batch."""
+    mask, places = latent.get("noise_mask"), latent.get("batch_index")
+    if mask is not None and (
+        not isinstance(mask, Tensor) or not 2 <= mask.ndim <= 4 or _tensor(mask.float(), "BCHW"[-mask.ndim :])
+    ):
+        return "has a noise mask that is not [B, H, W] of finite numbers"
+    known = isinstance(places, (list, tuple)) and all(isinstance(i, Integral) and 0 <= i < MOST_PICTURES for i in places)
+    return None if places is None or known else "has a batch_index that is no list of pictures' numbers"
 
 
 def _conditioning(value: Any) -> str | None:

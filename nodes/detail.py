@@ -67,7 +67,7 @@ class AttuneDetailSampler(AttuneNode):
                     "seed",
                     default=0,
                     min=0,
-                    max=0xFFFFFFFFFFFFFFFF,
+                    max=0xFFFFFFFFFFFFFFFE,  # ComfyUI's ddim also takes the next one, and PyTorch has no larger than that
                     control_after_generate=True,
                     tooltip="The noise, the same for all branches. The same seed gives the same picture.",
                 ),

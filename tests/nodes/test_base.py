@@ -14,6 +14,7 @@ from attune.patches.hook.sites import Heads
 
 NODES = asyncio.run(Attune().get_node_list())
 HUGE = 10**5000
+LATENT = {"samples": torch.zeros(1, 4, 8, 8)}
 
 
 class Example(AttuneNode):
@@ -99,6 +100,10 @@ def test_the_classes_that_comfyui_derives_check_once_and_keep_the_signature():
         (io.Latent.Input("samples"), {"samples": torch.zeros(1, 4, 1, 8, 8)}, "of a video"),
         (io.Latent.Input("samples"), {"samples": torch.zeros(0, 4, 8, 8)}, "has the shape [0, 4, 8, 8]"),
         (io.Latent.Input("samples"), {}, "samples is a NoneType"),
+        (io.Latent.Input("samples"), {**LATENT, "noise_mask": torch.full((1, 8, 8), math.nan)}, "noise mask that is not"),
+        (io.Latent.Input("samples"), {**LATENT, "noise_mask": "x"}, "noise mask that is not"),
+        (io.Latent.Input("samples"), {**LATENT, "batch_index": [HUGE]}, "batch_index that is no list"),
+        (io.Latent.Input("samples"), {**LATENT, "batch_index": "x"}, "batch_index that is no list"),
         (io.Latent.Input("samples"), torch.zeros(1, 4, 8, 8), "samples is a tensor of float32"),
         (io.Conditioning.Input("positive"), [], "positive holds no prompt"),
         (io.Conditioning.Input("positive"), [torch.zeros(1, 2, 3)], "no pair of an encoded text and its options"),
@@ -126,6 +131,7 @@ def test_what_is_wrong_is_said(entry, value, words):
         (io.Image.Input("image", optional=True), None),
         (io.Mask.Input("mask"), torch.zeros(4, 4, dtype=torch.bool)),
         (io.Latent.Input("samples"), {"samples": torch.zeros(1, 16, 8, 8, dtype=torch.bfloat16), "batch_index": [0]}),
+        (io.Latent.Input("samples"), {**LATENT, "noise_mask": torch.ones(1, 1, 64, 64)}),
         (io.Conditioning.Input("positive"), [[torch.zeros(1, 2, 3), {"pooled_output": None}]]),
     ],
 )
