@@ -183,7 +183,7 @@ def _extras(latent: Mapping[str, Any]) -> str | None:
         not isinstance(mask, Tensor) or not 2 <= mask.ndim <= 4 or _tensor(mask.float(), "BCHW"[-mask.ndim :])
     ):
         return "has a noise mask that is not [B, H, W] of finite numbers"
-    known = isinstance(places, (list, tuple)) and all(isinstance(i, Integral) and 0 <= i < MOST_PICTURES for i in places)
+    known = isinstance(places, (list, tuple)) and all(isinstance(i, Integral) and 0 <= int(i) < MOST_PICTURES for i in places)
     return None if places is None or known else "has a batch_index that is no list of pictures' numbers"
 
 
