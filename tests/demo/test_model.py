@@ -1,7 +1,6 @@
 """The bundled model: real ComfyUI objects that core nodes take, small, quick, and good enough to judge methods on."""
 
 import json
-import time
 
 import comfy.lora
 import nodes as core
@@ -112,12 +111,6 @@ def test_the_recorded_figures_hold(found):
 def test_it_draws_what_it_is_asked_for_and_still_mixes_things_up(found):
     assert share(found, "present") >= 0.85
     assert 0.50 <= share(found, "bound") <= 0.90
-
-
-def test_one_picture_takes_seconds(demo):
-    began = time.perf_counter()
-    generate(*demo, ["a red star"], cfg=5.0, seed=1)
-    assert time.perf_counter() - began < 15  # 3 s on two idle cores; the margin is for a busy machine
 
 
 def test_unknown_variant_is_refused():
