@@ -27,7 +27,7 @@ def family_of(diffusion_model: nn.Module) -> Family:
             return kind(diffusion_model)
     raise ValueError(
         f"Attune does not know the model class {type(diffusion_model).__name__}. "
-        "It works with SD1.5, SD2, SDXL (UNet), SD3 / SD3.5 (MMDiT) and FLUX models; connect one of these."
+        "It works with SD1.5, SD2, SDXL (UNet), SD3 / SD3.5 (MMDiT) and FLUX.1, not with FLUX.2; connect one of these."
     )
 
 

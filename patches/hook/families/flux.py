@@ -27,7 +27,9 @@ class Flux(Transformer):
     @classmethod
     def fits(cls, diffusion_model: nn.Module) -> bool:
         flat = isinstance(getattr(diffusion_model, "patch_size", None), int)  # HunyuanVideo's has three sides
-        return flat and super().fits(diffusion_model)
+        params = getattr(diffusion_model, "params", None)
+        second = getattr(params, "global_modulation", False)  # FLUX.2: the same class, other blocks
+        return flat and not second and super().fits(diffusion_model)
 
     def attention(self, block: Any) -> tuple[int, tuple[str, ...]]:
         return block.num_heads, ("joint",)

@@ -134,3 +134,19 @@ def test_models_that_look_like_flux_are_refused():
     for model in (video, chroma):
         with pytest.raises(ValueError, match=f"does not know the model class {type(model).__name__}"):
             family(model)
+
+
+def test_flux_2_is_not_taken_for_flux():
+    """ComfyUI makes both of one class; only one of them has modulation that all blocks share."""
+    from attune.tests.families import CONFIGS
+
+    for second in (False, True):
+        extra = {"global_modulation": True, "mlp_silu_act": True, "qkv_bias": False} if second else {}
+        config = CONFIGS["flux"][0]({**CONFIGS["flux"][1], **extra})
+        config.set_inference_dtype(torch.float32, None)
+        model = config.get_model({}, "", device="cpu").diffusion_model
+        if second:
+            with pytest.raises(ValueError, match=r"FLUX\.1, not with FLUX\.2"):
+                family(model)
+        else:
+            assert family(model) == "flux"
