@@ -18,10 +18,10 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
-from safetensors import safe_open
 from torch import Tensor, nn
 
 from . import world
+from .reading import channels_first, trained
 
 WEIGHTS = Path(__file__).parent / "weights" / "reader.safetensors"
 CELL = 4  # pixels per cell of the grid
@@ -178,31 +178,16 @@ class Reader(nn.Module):
 
 def load_reader(path: str | Path | None = None) -> Reader:
     """The trained reader, ready to read (default: the shipped weights)."""
-    reader = Reader()
-    with safe_open(str(path or WEIGHTS), framework="pt") as file:
-        version = (file.metadata() or {}).get("data_version")
-        if version != world.DATA_VERSION:
-            raise ValueError(f"{path or WEIGHTS} reads version {version} of the world, which is now {world.DATA_VERSION}")
-        reader.load_state_dict({name: file.get_tensor(name) for name in file.keys()})  # noqa: SIM118
-    return reader.to(memory_format=torch.channels_last).eval().requires_grad_(False)
+    return trained(Reader(), path or WEIGHTS, world.DATA_VERSION)
 
 
 # --- reading --------------------------------------------------------------------------------------------------------
 
 
-def _channels_first(images: Tensor) -> Tensor:
-    """``float [B, 3, H, W]`` in [0, 1] from that or from ComfyUI's ``[B, H, W, 3]``."""
-    if images.ndim == 4 and images.shape[1] != 3 and images.shape[3] == 3:
-        images = images.permute(0, 3, 1, 2)
-    if images.ndim != 4 or images.shape[1] != 3 or images.shape[2] % 8 or images.shape[3] % 8:
-        raise ValueError(f"pictures must be [B, 3, H, W] or [B, H, W, 3] with sides divisible by 8, not {list(images.shape)}")
-    return images.float().clamp(0, 1)
-
-
 def look(reader: Reader, images: Tensor) -> Iterator[tuple[Reading, Tensor]]:
     """Each picture's reading and its foreground logits ``[H, W]``."""
     parameter = next(reader.parameters())
-    for chunk in _channels_first(images).split(CHUNK):
+    for chunk in channels_first(images, 8).split(CHUNK):
         with torch.no_grad():
             maps = reader(chunk.to(parameter.device).contiguous(memory_format=torch.channels_last))
         heat = maps.heat
