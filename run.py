@@ -13,6 +13,10 @@ COMMANDS = {
     "reader": ("tools.training.reader", "train or check the reader of pictures that the benchmarks use"),
     "premises": ("tools.premises", "check that a bundled model shares the facts of large models that methods build on"),
     "hunt": ("hunt.command", "search for attention heads as a config file says, here or on a Ray cluster"),
+    "prove": (
+        "prove.command",
+        "judge methods on your checkpoint: pictures at the same seeds, scores and a report to send back",
+    ),
     "locales": ("tools.locales", "write the English words of the nodes for the frontend, and check the other languages"),
     "measurements": ("tools.measurements", "write the tables of MEASUREMENTS.md and the README from the benchmarks' results"),
     "architecture": ("tools.architecture", "write the picture of the folders and their imports into CONTRIBUTING.md"),

@@ -58,11 +58,11 @@ KEYS: dict[str, Any] = {
 }
 
 
-def read(path: Path) -> dict[str, Any]:
-    """A config file, TOML or JSON, with the defaults filled in.
+def parse(path: Path) -> dict[str, Any]:
+    """What is in a config file, TOML or JSON.
 
     Raises:
-        ValueError: when it cannot be read, or has a key that nobody knows.
+        ValueError: when it cannot be read.
     """
     try:
         text = path.read_text(encoding="utf-8")
@@ -80,7 +80,16 @@ def read(path: Path) -> dict[str, Any]:
         raise ValueError(f"{path} is not a config: {error}") from None
     if not isinstance(data, dict):
         raise ValueError(f"{path} is not a config: it must have names and values.")
-    return filled(data)
+    return data
+
+
+def read(path: Path) -> dict[str, Any]:
+    """A config file, TOML or JSON, with the defaults filled in.
+
+    Raises:
+        ValueError: when it cannot be read, or has a key that nobody knows.
+    """
+    return filled(parse(path))
 
 
 def filled(data: Mapping[str, Any]) -> dict[str, Any]:

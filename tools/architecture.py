@@ -15,7 +15,7 @@ from .runtime import RunError
 from .runtime.setup import ROOT
 
 PAGE = ROOT / "CONTRIBUTING.md"
-ORDER = ("tools", "nodes", "server", "hunt", "demo", "patches", "scoring", "language", "methods")
+ORDER = ("tools", "prove", "nodes", "server", "hunt", "demo", "patches", "scoring", "language", "methods")
 FOLDERS = {  # those without Python, or without a package
     "web": "What nodes have in the browser: a module per widget, `shared.js` for all; `server/routes.py` answers them.",
     "web/docs": "A help page per node, `<NodeId>/zh.md` in Chinese, and their pictures.",

@@ -1,0 +1,221 @@
+"""Draws the pictures of a comparison and has them judged; what is in the log already is not done again."""
+
+from __future__ import annotations
+
+import io
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import comfy.model_management
+import comfy.sample
+import comfy.samplers
+import folder_paths
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+
+from ..demo import model as demo_model
+from ..hunt.command import DEMO, load_model
+from ..hunt.files import file_name
+from ..hunt.head_files import pack_version
+from ..patches.hook.install import model_sites
+from ..scoring.folders import digest
+from .judges import Judge, Metric, judges
+from .log import Log, key_of
+from .methods import Loaded, Method, listens, methods_of, on_latent, on_model
+from .suites import Item, items
+
+VERSION = 1  # of what a picture's key means
+KEYS: dict[str, Any] = {
+    "name": "prove",
+    "model": DEMO,  # as in a config of hunt: a checkpoint's file name, or {unet, clip: [...], clip_type, vae}
+    "loras": [],
+    "suite": {"name": "shapes"},
+    "methods": [],
+    "seeds": [0],
+    "scorers": [],
+    "negative": "",
+    "guidance": 0.0,
+    "width": 0,
+    "height": 0,
+    "steps": 20,
+    "cfg": 5.0,
+    "sampler_name": "euler",
+    "scheduler": "normal",
+    "preview": 20,  # pictures between two previews; 0 for none
+    "ray": None,
+    "output": "",
+}
+SAMPLING = ("negative", "guidance", "width", "height", "steps", "cfg", "sampler_name", "scheduler")
+Task = tuple[int, int, int]  # method, item, seed
+Loader = Callable[[Mapping[str, Any]], Loaded]
+
+
+def filled(data: Mapping[str, Any]) -> dict[str, Any]:
+    """A config with its defaults.
+
+    Raises:
+        ValueError: for an unknown key, or a value that does not fit.
+    """
+    if unknown := sorted(set(data) - set(KEYS)):
+        raise ValueError(f"prove: the config has “{unknown[0]}”, which is not known; there are {', '.join(KEYS)}.")
+    config = {**KEYS, **data}
+    file_name(config["name"])
+    for name in ("suite", "methods", "seeds", "scorers"):
+        if not isinstance(config[name], dict if name == "suite" else list):
+            raise ValueError(f"prove: {name} must be {'a table' if name == 'suite' else 'a list'}.")
+    if not config["seeds"] or not all(isinstance(s, int) and s >= 0 for s in config["seeds"]):
+        raise ValueError("prove: seeds must be whole numbers from 0, at least one.")
+    known = comfy.samplers.KSampler
+    if config["sampler_name"] not in known.SAMPLERS or config["scheduler"] not in known.SCHEDULERS:
+        raise ValueError("prove: this ComfyUI has no such sampler_name or scheduler; write them as KSampler shows them.")
+    if not isinstance(config["steps"], int) or config["steps"] < 1 or not 0 <= float(config["cfg"]) <= 100:
+        raise ValueError("prove: steps must be a whole number from 1, and cfg from 0 to 100.")
+    return config
+
+
+def files_of(model: Any, loras: Any) -> list[Path]:
+    """The files that a config's model is read from."""
+    if model == DEMO:
+        names = [("", str(demo_model.WEIGHTS / f"{demo_model.VARIANTS[0]}.safetensors"))]
+    elif isinstance(model, Mapping):
+        clips = [model["clip"]] if isinstance(model["clip"], str) else model["clip"]
+        names = [("diffusion_models", model["unet"]), *(("text_encoders", n) for n in clips), ("vae", model["vae"])]
+    else:
+        names = [("checkpoints", model)]
+    names += [("loras", n) for n, _ in loras]
+    paths = [n if not kind else folder_paths.get_full_path(kind, n) for kind, n in names]
+    return [Path(path) for path in paths if path]
+
+
+@dataclass(frozen=True)
+class Drawn:
+    """A finished task: its key, the picture if it is new, and what each scorer that had not judged it says."""
+
+    key: str
+    picture: tuple[bytes, float, int] | None
+    scores: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+class Bench:
+    """One checkpoint, one suite, methods, seeds and scorers.
+
+    Args:
+        loaded: in place of what the config's model names; ``identity`` then stands for it.
+
+    Raises:
+        ValueError: for anything that does not fit, before a picture is drawn.
+    """
+
+    def __init__(self, config: Mapping[str, Any], loaded: Loaded | None = None, identity: str = ""):
+        self.config = filled(config)
+        self.items: list[Item] = items(self.config["suite"])
+        self.methods: list[Method] = methods_of(self.config["methods"])
+        names = self.config["scorers"] or (["demo: bound"] if self.config["model"] == DEMO else [])
+        self.judges: list[Judge]
+        self.judges, self.missing = judges(names)
+        if not self.judges:
+            raise ValueError(f"prove: there is no scorer left. {' '.join(self.missing) or 'Name at least one in scorers.'}")
+        self.loaded = Loaded(*load_model(self.config)) if loaded is None else loaded
+        if self.loaded.scorer is None:
+            self.loaded.scorer = next((j.scorer for j in self.judges if isinstance(j, Metric)), None)
+        self.family = model_sites(self.loaded.model)[0]
+        default = 128 if self.config["model"] == DEMO else 1024
+        self.side = (self.config["height"] or default, self.config["width"] or default)
+        self.model_key = identity or digest(files_of(self.config["model"], self.config["loras"]))
+        for method in self.methods:
+            try:
+                on_model(method, self.loaded, self.items[0])
+            except (TypeError, KeyError) as error:
+                raise ValueError(f"prove: the method “{method.name}” cannot be set up: {error}") from None
+
+    @property
+    def sampling(self) -> dict[str, Any]:
+        """What all pictures have in common, beside the model."""
+        return {name: self.config[name] for name in SAMPLING} | {"side": list(self.side), "loras": self.config["loras"]}
+
+    def tasks(self) -> list[Task]:
+        """Every picture: the methods of one prompt and seed after one another, so that what is there can be compared."""
+        counts = range(len(self.items)), range(len(self.config["seeds"])), range(len(self.methods))
+        return [(m, i, s) for i in counts[0] for s in counts[1] for m in counts[2]]
+
+    def key(self, task: Task) -> str:
+        """What a picture depends on, as a name."""
+        m, i, s = task
+        listening = self.loaded.scorer.key if self.loaded.scorer is not None and listens(self.methods[m]) else ""
+        what = {
+            "version": VERSION,
+            "pack": pack_version() if self.methods[m].nodes else "",  # the plain model is ComfyUI's
+            "model": self.model_key,
+            "sampling": self.sampling,
+            "item": asdict(self.items[i]),
+            "seed": self.config["seeds"][s],
+            "nodes": [[name, dict(settings)] for name, settings in self.methods[m].nodes],
+            "scorer": listening,
+        }
+        return key_of(what)
+
+    def encode(self, text: str) -> Any:
+        """A prompt's conditioning."""
+        more = {"guidance": float(self.config["guidance"])} if self.config["guidance"] else {}
+        clip = self.loaded.clip
+        return [[t, {**options, **more}] for t, options in clip.encode_from_tokens_scheduled(clip.tokenize(text))]
+
+    @torch.inference_mode()
+    def draw(self, task: Task) -> tuple[bytes, float, int]:
+        """A picture as PNG, its seconds (setting up, sampling and decoding), and the bytes at the most (0 where a device does not tell)."""
+        m, i, s = task
+        method, item, c = self.methods[m], self.items[i], self.config
+        cuda = torch.cuda.is_available()
+        if cuda:
+            torch.cuda.reset_peak_memory_stats()
+        began = time.perf_counter()
+        patched = on_model(method, self.loaded, item)
+        ratio = getattr(self.loaded.vae, "downscale_ratio", 8)
+        ratio = ratio if isinstance(ratio, int) else 8
+        channels = patched.get_model_object("latent_format").latent_channels
+        empty = torch.zeros(1, channels, self.side[0] // ratio, self.side[1] // ratio)
+        empty = comfy.sample.fix_empty_latent_channels(patched, empty)
+        noise = comfy.sample.prepare_noise(empty, c["seeds"][s])
+        out = comfy.sample.sample(
+            patched, noise, c["steps"], c["cfg"], c["sampler_name"], c["scheduler"], self.encode(item.text),
+            self.encode(c["negative"]), empty, seed=c["seeds"][s], disable_pbar=True,
+        )  # fmt: skip
+        picture = self.loaded.vae.decode(on_latent(method, self.loaded, item, out))
+        picture = picture.reshape(-1, *picture.shape[-3:])[:1]
+        seconds = time.perf_counter() - began
+        return png_of(picture), seconds, torch.cuda.max_memory_allocated() if cuda else 0
+
+    def evaluate(self, *task: Any) -> list[Drawn]:
+        """A task and what is known of it: ``(method, item, seed, PNG or None, scorers that are wanted)``; in a worker or here."""
+        m, i, s, png, wanted = task
+        picture = None if png else self.draw((m, i, s))
+        seen = tensor_of(png or (picture or (b"",))[0])
+        scores = {j.key: j.values(seen, self.items[i]) for j in self.judges if j.key in wanted}
+        return [Drawn(self.key((m, i, s)), picture, scores)]
+
+    def left(self, log: Log) -> Iterator[tuple[Any, ...]]:
+        """What is still to do: method, item, seed, and the scorers that are wanted."""
+        for task in self.tasks():
+            key = self.key(task)
+            wanted = [j.key for j in self.judges if log.scores(key, j.key) is None]
+            if wanted or not log.has(key):
+                yield (*task, wanted)
+
+
+def png_of(picture: Tensor) -> bytes:
+    """A picture ``[1, h, w, 3]`` as PNG."""
+    file = io.BytesIO()
+    array = (picture[0, ..., :3].float().clamp(0, 1).cpu() * 255).round().to(torch.uint8).numpy()
+    Image.fromarray(array).save(file, "PNG")
+    return file.getvalue()
+
+
+def tensor_of(png: bytes) -> Tensor:
+    """A PNG as ``[1, h, w, 3]`` in [0, 1]."""
+    array = np.asarray(Image.open(io.BytesIO(png)).convert("RGB")).astype(np.float32) / 255
+    return torch.from_numpy(array)[None]

@@ -1,0 +1,161 @@
+"""Methods of a comparison: nodes of the pack by their ids, with settings that their own schemas check before anything is drawn."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cache
+from typing import Any
+
+from ..language.phrases import fusable
+from ..language.words import prompt_words
+from ..nodes import Attune
+from ..nodes.base import AttuneNode, check
+from ..patches.hook.install import model_sites
+from ..patches.hook.sites import select
+from .suites import Item
+
+PLAIN = "plain"
+NOUNS, PHRASES = "nouns", "phrases"  # what a method's words are, beside texts of the user's
+
+
+@dataclass(frozen=True)
+class Method:
+    """A name and nodes with settings, one on another; none is the plain model."""
+
+    name: str
+    nodes: tuple[tuple[str, Mapping[str, Any]], ...] = ()
+
+
+@cache
+def usable() -> dict[str, type[AttuneNode]]:
+    """Nodes that make a MODEL of a MODEL and nothing else, or a LATENT of a LATENT."""
+    found: dict[str, Any] = {}
+    for node in asyncio.run(Attune().get_node_list()):
+        schema = node.define_schema()
+        inputs, outputs = ([str(entry.get_io_type()) for entry in part] for part in (schema.inputs, schema.outputs))
+        latent = "LATENT" in inputs and "MODEL" not in inputs and outputs[:1] == ["LATENT"]
+        if latent or ("MODEL" in inputs and "MODEL" in outputs and "LATENT" not in inputs):
+            found[schema.node_id] = node
+    return found
+
+
+def method_of(given: Mapping[str, Any]) -> Method:
+    """``{name, node, settings…}``, or ``{name, nodes: [{node, settings…}, …]}``.
+
+    Raises:
+        ValueError: for a node or an input that is not known.
+    """
+    data = dict(given)
+    name = str(data.pop("name", data.get("node", PLAIN)))
+    listed = data.pop("nodes", None)
+    if listed is None:
+        listed = [data] if data else []
+    elif data:
+        raise ValueError(
+            f"prove: the method “{name}” has nodes and {next(iter(data))} beside them; write settings within each node."
+        )
+    nodes = []
+    for one in listed:
+        settings = dict(one)
+        node = settings.pop("node", None)
+        if node not in usable():
+            raise ValueError(f"prove: the method “{name}” names the node “{node}”; there are {', '.join(usable())}.")
+        known = [entry.id for entry in usable()[node].define_schema().inputs]
+        if unknown := sorted(set(settings) - set(known)):
+            raise ValueError(f"prove: {node} has no input “{unknown[0]}”; there are {', '.join(known)}.")
+        nodes.append((node, settings))
+    return Method(name, tuple(nodes))
+
+
+def methods_of(given: Sequence[Mapping[str, Any]]) -> list[Method]:
+    """The methods of a config, plain first.
+
+    Raises:
+        ValueError: for two of one name, and as `method_of`.
+    """
+    found = [method_of(one) for one in given]
+    found = [Method(PLAIN), *(m for m in found if m.nodes)]
+    names = [m.name for m in found]
+    if double := next((n for n in names if names.count(n) > 1), None):
+        raise ValueError(f"prove: two methods are called “{double}”; give each a name of its own.")
+    return found
+
+
+@dataclass
+class Loaded:
+    """What a checkpoint gives, and the scorer that nodes with one get."""
+
+    model: Any
+    clip: Any
+    vae: Any
+    scorer: Any = None
+
+
+def given_to(node: type[AttuneNode], settings: Mapping[str, Any], loaded: Loaded, item: Item) -> dict[str, Any]:
+    """A node's inputs: settings, defaults of its schema, and what comes through links.
+
+    Raises:
+        ValueError: when the schema refuses one.
+    """
+    schema = node.define_schema()
+    out: dict[str, Any] = {}
+    for entry in schema.inputs:
+        kind, value = str(entry.get_io_type()), settings.get(entry.id)
+        if kind in ("MODEL", "CLIP", "VAE"):
+            out[entry.id] = getattr(loaded, kind.lower())
+        elif kind == "ATTUNE_SCORER":
+            out[entry.id] = loaded.scorer
+        elif kind == "ATTUNE_WORDS":
+            if value is not None or not entry.optional:
+                out[entry.id] = words_of(loaded.clip, item, str(value or NOUNS))
+        elif kind == "ATTUNE_HEADS":
+            if value is not None:
+                family, sites = model_sites(loaded.model)
+                out[entry.id] = select(str(value), sites, family)
+        elif entry.id in settings:
+            out[entry.id] = value
+        elif getattr(entry, "default", None) is not None:
+            out[entry.id] = entry.default
+    check(schema, {name: value for name, value in out.items() if name not in ("samples", "latent")})
+    return out
+
+
+def listens(method: Method) -> bool:
+    """Whether a node of it takes a scorer."""
+    kinds = {str(entry.get_io_type()) for name, _ in method.nodes for entry in usable()[name].define_schema().inputs}
+    return "ATTUNE_SCORER" in kinds
+
+
+def words_of(clip: Any, item: Item, wanted: str) -> Any:
+    """The words of a prompt: its things' nouns, its noun phrases, or those that are written."""
+    if wanted == PHRASES:
+        return fusable(prompt_words(clip, item.text))
+    named = ", ".join(dict.fromkeys(t.noun for t in item.things)) if wanted == NOUNS else wanted
+    return prompt_words(clip, item.text, named)
+
+
+def on_model(method: Method, loaded: Loaded, item: Item) -> Any:
+    """The MODEL with a method on it, for a prompt."""
+    model = loaded.model
+    for name, settings in method.nodes:
+        node = usable()[name]
+        schema = node.define_schema()
+        kinds = [str(entry.get_io_type()) for entry in schema.outputs]
+        if "MODEL" in kinds:
+            here = Loaded(model, loaded.clip, loaded.vae, loaded.scorer)
+            model = node.execute(**given_to(node, settings, here, item)).args[kinds.index("MODEL")]
+    return model
+
+
+def on_latent(method: Method, loaded: Loaded, item: Item, samples: Any) -> Any:
+    """A finished latent with what a method does to it."""
+    for name, settings in method.nodes:
+        node = usable()[name]
+        schema = node.define_schema()
+        if str(schema.outputs[0].get_io_type()) == "LATENT":
+            given = given_to(node, settings, loaded, item)
+            place = next(entry.id for entry in schema.inputs if str(entry.get_io_type()) == "LATENT")
+            samples = node.execute(**{**given, place: {"samples": samples}}).args[0]["samples"]
+    return samples

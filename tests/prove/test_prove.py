@@ -1,0 +1,269 @@
+"""A comparison from its config to its report: bundled model, all families, all kinds of scorers; killed and gone on with; merged."""
+
+from __future__ import annotations
+
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from transformers import (
+    BertTokenizerFast,
+    BlipConfig,
+    BlipForQuestionAnswering,
+    BlipImageProcessor,
+    BlipProcessor,
+)
+
+from attune.prove import bench, command, judges, methods, report, statistics, suites
+from attune.prove.log import Log
+from attune.tests import families
+
+SOFTPAG = {"name": "SoftPAG", "node": "AttuneSoftPAG", "scale": 3.0}
+CONFIG = {"name": "small", "suite": {"name": "shapes", "prompts": 2}, "steps": 2, "methods": [SOFTPAG]}
+
+
+class Killed(Exception):
+    pass
+
+
+def test_every_suite_says_what_each_prompt_asks_for(tmp_path):
+    sizes = {"scb": 300, "two_objects": 66 + 144 + 66, "styles": 30}
+    for name, size in sizes.items():
+        found = suites.items({"name": name})
+        assert len(found) == size == len({item.text for item in found})
+    for name in ("scb", "two_objects", "counts", "shapes"):
+        smoke = suites.items({"name": name, "smoke": True})
+        assert len(smoke) == suites.SMOKE and all(item.things for item in smoke)
+    lines = tmp_path / "colour.txt"
+    lines.write_text("a red apple and a green bench\tx\n\n", encoding="utf-8")
+    (item,) = suites.items({"name": "file", "file": str(lines)})
+    assert item.text == "a red apple and a green bench"
+    assert [(t.noun, t.phrase) for t in item.things] == [("apple", "red apple"), ("bench", "green bench")]
+    notes = tmp_path / "captions.json"
+    notes.write_text(json.dumps({"annotations": [{"id": i, "image_id": i // 2, "caption": f"{i} "} for i in range(4)]}))
+    assert [item.text for item in suites.items({"name": "coco", "file": str(notes)})] == ["0", "2"]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ({"stepz": 2}, "stepz"),
+        ({"steps": 0}, "steps must"),
+        ({"seeds": [-1]}, "seeds must"),
+        ({"suite": {"name": "nobody's"}}, "there are shapes"),
+        ({"suite": {"name": "file", "file": "/nowhere"}}, "/nowhere"),
+        ({"methods": [{"node": "AttuneNothing"}]}, "AttuneNothing"),
+        ({"methods": [{**SOFTPAG, "scales": 3}]}, "scales"),
+        ({"methods": [{**SOFTPAG, "scale": float("nan")}]}, "scale"),
+        ({"methods": [SOFTPAG, SOFTPAG]}, "two methods"),
+        ({"scorers": ["taste"]}, "taste"),
+        ({"scorers": ["clip_t: absent"]}, "no scorer left"),
+    ],
+)
+def test_a_config_that_does_not_fit_is_an_error_before_drawing(change, said, monkeypatch):
+    monkeypatch.setattr(bench.Bench, "draw", lambda *_: pytest.fail("it drew"))
+    with pytest.raises(ValueError, match=said):
+        bench.Bench({**CONFIG, **change})
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A run that was killed after its third picture, and gone on with: its log, its result and how many pictures were drawn."""
+    place = tmp_path_factory.mktemp("prove") / "log.sqlite"
+    drawn, draw = [], bench.Bench.draw
+    with pytest.MonkeyPatch.context() as patch:
+
+        def counted(self, task):
+            if len(drawn) == 3:
+                drawn.append(None)
+                raise Killed
+            drawn.append(task)
+            return draw(self, task)
+
+        patch.setattr(bench.Bench, "draw", counted)
+        with pytest.raises(Killed):
+            command.run(CONFIG, log_at=place)
+        made, log = command.run(CONFIG, log_at=place, preview=place.with_suffix(".png"))
+    result, gallery = report.result_of(made, log)
+    yield SimpleNamespace(log=log, place=place, drawn=[t for t in drawn if t], result=result, gallery=gallery)
+    log.close()
+
+
+def test_nothing_is_done_twice_after_a_kill(finished):
+    assert sorted(finished.drawn) == [(m, i, 0) for m in (0, 1) for i in (0, 1)]
+    assert len(finished.result["costs"]) == 4 and finished.place.with_suffix(".png").is_file()
+
+
+def test_a_run_gone_on_with_is_the_run_in_one_go(finished, tmp_path):
+    made, log = command.run(CONFIG, log_at=tmp_path / "log.sqlite")
+    assert report.result_of(made, log)[0]["rows"] == finished.result["rows"]
+    log.close()
+
+
+def test_another_scorer_judges_the_pictures_that_are_there(finished, monkeypatch):
+    monkeypatch.setattr(bench.Bench, "draw", lambda *_: pytest.fail("it drew"))
+    shown = []
+    more = {**CONFIG, "scorers": ["demo: bound", "demo: similarity", "clip_t: absent"]}
+    made, log = command.run(more, lambda *told: shown.append(told), log_at=finished.place)
+    result, _ = report.result_of(made, log)
+    log.close()
+    assert [told[:2] for told in shown] == [(i, 4) for i in range(1, 5)]
+    assert {row[3] for row in result["rows"]} == {"reader", "demo: similarity"}
+    assert "absent" in report.markdown_of(result) and "skipped" in report.markdown_of(result)
+
+
+def test_the_report_opens_offline_and_has_every_part(finished):
+    page = report.html_of(finished.result, finished.gallery)
+    assert "http" not in page and "<script" not in page
+    for part in ("all", "thing 1 bound", "thing 2 present", "colours"):
+        assert f"reader, {part}" in page
+    assert "SoftPAG" in page and finished.result["model hash"] in page
+
+
+def test_results_are_joined(finished):
+    other = json.loads(json.dumps(finished.result))
+    other["rows"] = [[*row[:2], 1, *row[3:]] for row in other["rows"]]
+    other["seeds"], other["costs"] = [1], []
+    (joined,) = report.merged([finished.result, other, finished.result])["runs"]
+    assert len(joined["rows"]) == 2 * len(finished.result["rows"]) and joined["seeds"] == [0, 1]
+    other["methods"][1][1][0][1]["scale"] = 2.0
+    with pytest.raises(ValueError, match="other settings"):
+        report.merged([finished.result, other])
+    with pytest.raises(ValueError, match="no result"):
+        report.merged([{}])
+
+
+def test_differences_are_paired():
+    mean, low, high = statistics.paired([0.0, 1.0, 1.0], [1.0, 2.0, 1.0])
+    assert mean == pytest.approx(2 / 3) and low == pytest.approx(2 / 3 - 1.96 / 3) and high == pytest.approx(2 / 3 + 1.96 / 3)
+
+
+class Text:
+    """A text encoder without weights."""
+
+    def tokenize(self, text):
+        return text
+
+    def encode_from_tokens_scheduled(self, text):
+        return families.text(len(text))
+
+
+class Pixels:
+    """A VAE without weights: three channels, eight times as large."""
+
+    downscale_ratio = 8
+
+    def decode(self, latents):
+        pictures = latents.reshape(len(latents), latents.shape[1], *latents.shape[-2:])[:, :3].float().sigmoid()
+        return pictures.repeat_interleave(8, -1).repeat_interleave(8, -2).movedim(1, -1)
+
+
+@pytest.mark.parametrize("name", families.NAMES)
+def test_every_family_is_drawn_and_judged(name, tmp_path):
+    config = {**CONFIG, "suite": {"name": "shapes", "prompts": 1}, "width": 64, "height": 64, "scorers": ["demo: bound"]}
+    loaded = methods.Loaded(families.shared(name), Text(), Pixels())
+    made, log = command.run(config, loaded=loaded, identity=name, log_at=tmp_path / "log.sqlite")
+    result, _ = report.result_of(made, log)
+    pictures = [log.picture(made.key((m, 0, 0))) for m in (0, 1)]
+    log.close()
+    assert {row[0] for row in result["rows"]} == {"plain", "SoftPAG"} and pictures[0] != pictures[1]
+
+
+# --- scorers with small random weights --------------------------------------------------------------------------------
+
+SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
+VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "yes", "no", "a", "red", "circle", "star", "?", "photo", "of")
+
+
+@pytest.fixture
+def folders(tmp_path, monkeypatch):
+    import folder_paths
+
+    from attune.scoring.folders import DETECTORS, SCORERS
+
+    for kind in (SCORERS, DETECTORS):
+        (tmp_path / kind).mkdir()
+        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], set()))
+    return tmp_path / SCORERS, tmp_path / DETECTORS
+
+
+def _tokenizer(place):
+    (place / "vocab.txt").parent.mkdir(parents=True, exist_ok=True)
+    (place / "vocab.txt").write_text("\n".join(VOCABULARY), encoding="utf-8")
+    return BertTokenizerFast(vocab=str(place / "vocab.txt"), model_max_length=16)
+
+
+def test_questions_are_asked_of_blip(folders):
+    place = folders[0] / "blip"
+    tokenizer = _tokenizer(place)
+    text = {
+        **SIZES,
+        "vocab_size": len(VOCABULARY),
+        "encoder_hidden_size": 16,
+        "max_position_embeddings": 16,
+        "projection_dim": 16,
+    }
+    text |= {"bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}
+    vision = {**SIZES, "image_size": 32, "patch_size": 8, "projection_dim": 16}
+    torch.manual_seed(0)
+    network = BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
+    network.save_pretrained(place)
+    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+    (judge,), missing = judges.judges(["vqa: blip"])
+    item = suites.Item("a red star and a circle", (suites.Thing("star", "a red star"), suites.Thing("circle", "a circle")))
+    found = judge.values(torch.rand(1, 40, 40, 3), item)
+    assert not missing and set(found) == {"all", "thing 1", "thing 2"} and all(0 < v < 1 for v in found.values())
+    assert found["all"] == pytest.approx(found["thing 1"] * found["thing 2"], rel=1e-5)
+
+
+def test_clip_and_preference_judge_phrases_too(folders):
+    from attune.tests.scoring.tiny import tiny_folder
+
+    tiny_folder(folders[0] / "clip")
+    found, missing = judges.judges(["clip_t: clip", "clip_iqa: clip", "preference: clip"])
+    item = suites.Item("a red star", (suites.Thing("star", "a red star"),))
+    values = [judge.values(torch.rand(1, 40, 40, 3), item) for judge in found]
+    assert not missing and set(values[0]) == {"all", "thing 1"} and values[0]["all"] == pytest.approx(values[0]["thing 1"])
+    assert 0 <= values[1]["all"] <= 1
+
+
+class Eyes:
+    """In place of a detector: sees stars only."""
+
+    def __init__(self, folder):
+        pass
+
+    def find(self, picture, name, least=0.0):
+        return ((0, 0, 8, 8), 0.9) if name == "star" else None
+
+
+def test_the_detection_rate_is_of_things(monkeypatch):
+    for name, new in (("Detector", Eyes), ("model_folder", lambda *_: None), ("files_of", lambda *_: [])):
+        monkeypatch.setattr(judges, name, new)
+    (judge,), _ = judges.judges(["detection: any"])
+    item = suites.Item("a star and a circle", (suites.Thing("star", "a star"), suites.Thing("circle", "a circle")))
+    assert judge.values(torch.rand(1, 16, 16, 3), item) == {"all": 0.0, "share": 0.5, "thing 1": 1.0, "thing 2": 0.0}
+
+
+def test_a_file_that_is_no_log_is_refused(tmp_path):
+    (tmp_path / "x.sqlite").write_text("no log of anything, but long enough to be looked at" * 9)
+    with pytest.raises(ValueError, match="move"):
+        Log(tmp_path / "x.sqlite")
+
+
+def test_the_configs_of_the_page_are_configs():
+    import re
+
+    from attune.tools.runtime.setup import ROOT
+
+    page = (ROOT / "PROVE.md").read_text(encoding="utf-8")
+    found = [json.loads(text) for text in re.findall(r"```json\n(.*?)```", page, re.DOTALL)]
+    assert len(found) == 6
+    for config in found:
+        filled = bench.filled(config)
+        assert suites.items(filled["suite"]) and methods.methods_of(filled["methods"])
+        assert all(name.partition(":")[0] in judges.KINDS for name in filled["scorers"])
+    for name in (*suites.SUITES, *judges.KINDS):
+        assert f"`{name}" in page
