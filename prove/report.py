@@ -14,13 +14,14 @@ import torch
 from PIL import Image
 
 from ..hunt.head_files import pack_version
-from .bench import Bench
+from .bench import Bench, tensor_of
 from .judges import ALL
 from .log import Log, key_of
 from .methods import PLAIN
 from .statistics import interval, paired
 
 FORMAT = 1
+CHANGE = "change of pixels"  # RMS against plain: says how much, not how well
 BEST = 4  # pictures of the largest gains, and as many of the largest losses
 SMALL = 256  # pixels, of pictures in a report
 # What papers report on their own models, by suite and kind of scorer; only where the table is known to us.
@@ -29,6 +30,11 @@ PAPERS: Mapping[tuple[str, str], str] = {
     ("file", "vqa"): "Detail++ (arXiv 2507.17853), T2I-CompBench colour / texture / shape: SDXL 0.6369 / 0.5637 / 0.5408, "
     "Detail++ 0.7389 / 0.7241 / 0.5582",
 }
+
+
+def _apart(one: bytes, other: bytes) -> float:
+    """How much two pictures differ: RMS of pixels in [0, 1]."""
+    return float((tensor_of(one) - tensor_of(other)).square().mean().sqrt())
 
 
 def machine() -> str:
@@ -49,6 +55,10 @@ def result_of(made: Bench, log: Log) -> tuple[dict[str, Any], dict[str, bytes]]:
         for judge in made.judges:
             for part, value in (log.scores(key, judge.key) or {}).items():
                 rows.append([method, i, seed, judge.name, part, value if math.isfinite(value) else None])
+        if m:  # in `tasks` the plain picture of the same prompt and seed comes first
+            both = log.picture(made.key((0, i, s))), log.picture(key)
+            if both[0] and both[1]:
+                rows.append([method, i, seed, CHANGE, ALL, _apart(both[0], both[1])])
     suite = [[item.text, item.group] for item in made.items]
     result = {
         "attune prove": FORMAT,

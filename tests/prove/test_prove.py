@@ -109,7 +109,7 @@ def test_another_scorer_judges_the_pictures_that_are_there(finished, monkeypatch
     result, _ = report.result_of(made, log)
     log.close()
     assert [told[:2] for told in shown] == [(i, 4) for i in range(1, 5)]
-    assert {row[3] for row in result["rows"]} == {"reader", "demo: similarity"}
+    assert {row[3] for row in result["rows"]} == {"reader", "demo: similarity", report.CHANGE}
     assert "absent" in report.markdown_of(result) and "skipped" in report.markdown_of(result)
 
 
@@ -229,6 +229,76 @@ def test_clip_and_preference_judge_phrases_too(folders):
     assert 0 <= values[1]["all"] <= 1
 
 
+def _owl(place):
+    from transformers import CLIPTokenizerFast, Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor, Owlv2Processor
+
+    letters = [
+        *"abcdefghijklmnopqrstuvwxyz",
+        *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz"),
+        "<|startoftext|>",
+        "<|endoftext|>",
+    ]
+    vocabulary = {c: i for i, c in enumerate(letters)}
+    tokenizer = CLIPTokenizerFast(vocab=vocabulary, merges=[], pad_token="<|endoftext|>", model_max_length=32)
+    text = {
+        **SIZES,
+        "vocab_size": len(letters),
+        "max_position_embeddings": 32,
+        "bos_token_id": 52,
+        "eos_token_id": 53,
+        "pad_token_id": 53,
+    }
+    config = Owlv2Config(text_config=text, vision_config={**SIZES, "image_size": 32, "patch_size": 8}, projection_dim=16)
+    Owlv2ForObjectDetection(config).save_pretrained(place)
+    Owlv2Processor(Owlv2ImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+
+
+def _dino(place):
+    from transformers import (
+        BertConfig,
+        GroundingDinoConfig,
+        GroundingDinoForObjectDetection,
+        GroundingDinoImageProcessor,
+        GroundingDinoProcessor,
+        SwinConfig,
+    )
+
+    tokenizer = _tokenizer(place)
+    backbone = SwinConfig(
+        image_size=32, patch_size=4, embed_dim=8, depths=[1, 1, 1], num_heads=[1, 1, 1], window_size=2, out_indices=[1, 2, 3]
+    )
+    words = BertConfig(**SIZES, vocab_size=len(VOCABULARY), max_position_embeddings=16)
+    small = {
+        "d_model": 32,
+        "encoder_layers": 1,
+        "decoder_layers": 2,
+        "encoder_ffn_dim": 16,
+        "decoder_ffn_dim": 16,
+        "num_queries": 4,
+    }
+    small |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_text_len": 16, "num_feature_levels": 3}
+    config = GroundingDinoConfig(backbone_config=backbone, text_config=words, **small)
+    GroundingDinoForObjectDetection(config).save_pretrained(place)
+    size = {"shortest_edge": 32, "longest_edge": 64}
+    GroundingDinoProcessor(GroundingDinoImageProcessor(size=size), tokenizer).save_pretrained(place)
+    tokenizer.save_pretrained(place)
+
+
+@pytest.mark.parametrize("make", [_owl, _dino])
+def test_detectors_of_random_weights_find_or_do_not(folders, make):
+    from attune.tests.scoring.tiny import tiny_folder
+
+    torch.manual_seed(0)
+    make(folders[1] / "detector")
+    tiny_folder(folders[0] / "clip")
+    (rate, styles), missing = judges.judges(["detection: detector", "scb: detector, clip"])
+    item = suites.Item("a star and a circle", (suites.Thing("star", "a star"), suites.Thing("circle", "a circle")))
+    picture = torch.rand(1, 40, 40, 3)
+    assert not missing and set(rate.values(picture, item)) == {"all", "share", "thing 1", "thing 2"}
+    assert -1 <= styles.values(picture, item)["all"] <= 1
+
+
 class Eyes:
     """In place of a detector: sees stars only."""
 
@@ -267,3 +337,12 @@ def test_the_configs_of_the_page_are_configs():
         assert all(name.partition(":")[0] in judges.KINDS for name in filled["scorers"])
     for name in (*suites.SUITES, *judges.KINDS):
         assert f"`{name}" in page
+
+
+def test_the_configs_of_the_benchmarks_can_be_set_up():
+    from attune.tools.benchmarks.prove import CONFIGS
+
+    for path in sorted(CONFIGS.glob("*.json")):
+        config = command.parse(path)
+        made = bench.Bench({**config, "suite": {**config["suite"], "prompts": 1}})
+        assert len(made.methods) > 1
