@@ -120,7 +120,12 @@ class Bench:
         self.judges, self.missing = judges(names)
         if not self.judges:
             raise ValueError(f"prove: there is no scorer left. {' '.join(self.missing) or 'Name at least one in scorers.'}")
-        self.loaded = Loaded(*load_model(self.config)) if loaded is None else loaded
+        try:
+            self.loaded = Loaded(*load_model(self.config)) if loaded is None else loaded
+        except (KeyError, AttributeError, TypeError) as error:
+            raise ValueError(
+                f"prove: model cannot be loaded ({error}); write a checkpoint's file name, or unet, clip, clip_type and vae."
+            ) from None
         if self.loaded.scorer is None:
             self.loaded.scorer = next((j.scorer for j in self.judges if isinstance(j, Metric)), None)
         self.family = model_sites(self.loaded.model)[0]

@@ -142,13 +142,19 @@ COLUMNS = ("method", "pictures", "score", "against plain (95 %)", "wins / losses
 
 
 def tables(result: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
-    """A table for each scorer and part, wholes first: its title and rows of `COLUMNS`."""
+    """A table for each scorer and part, wholes first and scorers as the config names them: its title and rows of `COLUMNS`."""
     share = {name: kind for name, _, kind in result["scorers"]}
     ratios = _ratios(result)
     order = [name for name, _ in result["methods"]]
     groups = sorted({group for _, group in result["prompts"] if group})
+    rank = {name: i for i, name in enumerate(share)}
+
+    def place(entry: tuple[tuple[str, str], Any]) -> tuple[bool, int, str]:
+        (scorer, part), _ = entry
+        return part != ALL, rank.get(scorer, len(rank)), part
+
     out = []
-    for (scorer, part), found in sorted(values_of(result).items(), key=lambda e: (e[0][1] != ALL, e[0])):
+    for (scorer, part), found in sorted(values_of(result).items(), key=place):
         limits = ["", *(groups if part == ALL and len(groups) > 1 else [])]
         for group in limits:
             rows = []
