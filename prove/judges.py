@@ -74,7 +74,7 @@ class Metric(Judge):
 
 
 class Detection(Judge):
-    """Attention Regulation's detection rate: the share of things that a detector finds, and of those with the right number."""
+    """Attention Regulation's detection rate: the share of things that a detector finds; it does not count them."""
 
     share = True
 
