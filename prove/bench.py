@@ -37,6 +37,7 @@ KEYS: dict[str, Any] = {
     "suite": {"name": "shapes"},
     "methods": [],
     "seeds": [0],
+    "seed_per_prompt": True,  # every prompt has noise of its own: the seed and the prompt's number, from 0
     "scorers": [],
     "negative": "",
     "guidance": 0.0,
@@ -148,6 +149,10 @@ class Bench:
         counts = range(len(self.items)), range(len(self.config["seeds"])), range(len(self.methods))
         return [(m, i, s) for i in counts[0] for s in counts[1] for m in counts[2]]
 
+    def seed(self, item: int, seed: int) -> int:
+        """Of the noise of a prompt with one of the config's seeds, both by their numbers."""
+        return int(self.config["seeds"][seed]) + (item if self.config["seed_per_prompt"] else 0)
+
     def key(self, task: Task) -> str:
         """What a picture depends on, as a name."""
         m, i, s = task
@@ -158,7 +163,7 @@ class Bench:
             "model": self.model_key,
             "sampling": self.sampling,
             "item": asdict(self.items[i]),
-            "seed": self.config["seeds"][s],
+            "seed": self.seed(i, s),
             "nodes": [[name, dict(settings)] for name, settings in self.methods[m].nodes],
             "scorer": listening,
         }
@@ -185,10 +190,11 @@ class Bench:
         channels = patched.get_model_object("latent_format").latent_channels
         empty = torch.zeros(1, channels, self.side[0] // ratio, self.side[1] // ratio)
         empty = comfy.sample.fix_empty_latent_channels(patched, empty)
-        noise = comfy.sample.prepare_noise(empty, c["seeds"][s])
+        seed = self.seed(i, s)
+        noise = comfy.sample.prepare_noise(empty, seed)
         out = comfy.sample.sample(
             patched, noise, c["steps"], c["cfg"], c["sampler_name"], c["scheduler"], self.encode(item.text),
-            self.encode(c["negative"]), empty, seed=c["seeds"][s], disable_pbar=True,
+            self.encode(c["negative"]), empty, seed=seed, disable_pbar=True,
         )  # fmt: skip
         picture = self.loaded.vae.decode(on_latent(method, self.loaded, item, out))
         picture = picture.reshape(-1, *picture.shape[-3:])[:1]

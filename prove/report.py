@@ -47,7 +47,7 @@ def result_of(made: Bench, log: Log) -> tuple[dict[str, Any], dict[str, bytes]]:
     """Everything of a run as plain data, and small pictures for the gallery by ``method|item|seed``."""
     rows, costs = [], []
     for m, i, s in made.tasks():
-        key, method, seed = made.key((m, i, s)), made.methods[m].name, made.config["seeds"][s]
+        key, method, seed = made.key((m, i, s)), made.methods[m].name, made.seed(i, s)
         if not log.has(key):
             continue
         seconds, memory = log.cost(key)
@@ -82,7 +82,7 @@ def result_of(made: Bench, log: Log) -> tuple[dict[str, Any], dict[str, bytes]]:
     for m, i, s in _shown(made, result):
         png = log.picture(made.key((m, i, s)))
         if png is not None:
-            gallery[f"{made.methods[m].name}|{i}|{made.config['seeds'][s]}"] = _small(png)
+            gallery[f"{made.methods[m].name}|{i}|{made.seed(i, s)}"] = _small(png)
     return result, gallery
 
 
@@ -92,7 +92,7 @@ def _shown(made: Bench, result: Mapping[str, Any]) -> set[tuple[int, int, int]]:
     found = set()
     for name in number:
         for i, seed, _ in extremes(result, name):
-            s = made.config["seeds"].index(seed)
+            s = next(s for s in range(len(made.config["seeds"])) if made.seed(i, s) == seed)
             found |= {(number[name], i, s), (0, i, s)}
     return found
 
@@ -144,7 +144,7 @@ COLUMNS = ("method", "pictures", "score", "against plain (95 %)", "wins / losses
 def tables(result: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """A table for each scorer and part, wholes first and scorers as the config names them: its title and rows of `COLUMNS`."""
     share = {name: kind for name, _, kind in result["scorers"]}
-    ratios = _ratios(result)
+    ratios = ratios(result)
     order = [name for name, _ in result["methods"]]
     groups = sorted({group for _, group in result["prompts"] if group})
     rank = {name: i for i, name in enumerate(share)}
@@ -172,7 +172,7 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     return out
 
 
-def _ratios(result: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
+def ratios(result: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     """Median seconds and bytes of a method's pictures to plain's."""
 
     def middle(method: str, place: int) -> float:
