@@ -22,11 +22,12 @@ from ..demo import model as demo_model
 from ..hunt.command import DEMO, load_model
 from ..hunt.files import file_name
 from ..hunt.head_files import pack_version
+from ..patches.detail import sampler as detail
 from ..patches.hook.install import model_sites
 from ..scoring.folders import digest
 from .judges import Judge, Metric, judges
 from .log import Log, key_of
-from .methods import Loaded, Method, listens, methods_of, on_latent, on_model
+from .methods import Detail, Loaded, Method, listens, methods_of, on_latent, on_model
 from .suites import Item, items
 
 VERSION = 1  # of what a picture's key means
@@ -136,6 +137,8 @@ class Bench:
         for method in self.methods:
             try:
                 on_model(method, self.loaded, self.items[0])
+                if Detail.of(method, self.loaded, self.items[0]) is not None:
+                    detail.check(self.config["sampler_name"], detail.Settings(), self.family)
             except (TypeError, KeyError) as error:
                 raise ValueError(f"prove: the method “{method.name}” cannot be set up: {error}") from None
 
@@ -190,12 +193,15 @@ class Bench:
         channels = patched.get_model_object("latent_format").latent_channels
         empty = torch.zeros(1, channels, self.side[0] // ratio, self.side[1] // ratio)
         empty = comfy.sample.fix_empty_latent_channels(patched, empty)
-        seed = self.seed(i, s)
-        noise = comfy.sample.prepare_noise(empty, seed)
-        out = comfy.sample.sample(
-            patched, noise, c["steps"], c["cfg"], c["sampler_name"], c["scheduler"], self.encode(item.text),
-            self.encode(c["negative"]), empty, seed=seed, disable_pbar=True,
-        )  # fmt: skip
+        run = {name: c[name] for name in ("steps", "cfg", "sampler_name", "scheduler")}
+        run |= {"seed": self.seed(i, s), "negative": self.encode(c["negative"])}
+        own = Detail.of(method, self.loaded, item)
+        if own is not None:
+            out = own.sample(patched, latent_image={"samples": empty}, denoise=1.0, **run)
+        else:
+            noise = comfy.sample.prepare_noise(empty, run["seed"])
+            positive = self.encode(item.text)
+            out = comfy.sample.sample(patched, noise, positive=positive, latent_image=empty, disable_pbar=True, **run)
         picture = self.loaded.vae.decode(on_latent(method, self.loaded, item, out))
         picture = picture.reshape(-1, *picture.shape[-3:])[:1]
         seconds = time.perf_counter() - began

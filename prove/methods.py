@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
 from typing import Any
+
+import comfy.utils
 
 from ..language.phrases import fusable
 from ..language.words import prompt_words
@@ -17,6 +20,20 @@ from ..patches.hook.sites import select
 from .suites import Item
 
 PLAIN = "plain"
+DETAIL, DECOMPOSE, ENCODE = "AttuneDetailSampler", "AttuneDecompose", "AttuneEncodeBranches"  # Detail++ samples by itself
+OF_RUN = (
+    "model",
+    "positive",
+    "negative",
+    "latent_image",
+    "seed",
+    "steps",
+    "cfg",
+    "sampler_name",
+    "scheduler",
+    "denoise",
+    "text",
+)
 NOUNS, PHRASES = "nouns", "phrases"  # what a method's words are, beside texts of the user's
 
 
@@ -29,16 +46,29 @@ class Method:
 
 
 @cache
+def nodes_of_pack() -> dict[str, type[AttuneNode]]:
+    """All nodes by their ids."""
+    return {node.define_schema().node_id: node for node in asyncio.run(Attune().get_node_list())}
+
+
+@cache
 def usable() -> dict[str, type[AttuneNode]]:
-    """Nodes that make a MODEL of a MODEL and nothing else, or a LATENT of a LATENT."""
-    found: dict[str, Any] = {}
-    for node in asyncio.run(Attune().get_node_list()):
+    """Nodes that make a MODEL of a MODEL and nothing else, or a LATENT of a LATENT; and the Detail++ Sampler."""
+    found: dict[str, Any] = {DETAIL: nodes_of_pack()[DETAIL]}
+    for name, node in nodes_of_pack().items():
         schema = node.define_schema()
         inputs, outputs = ([str(entry.get_io_type()) for entry in part] for part in (schema.inputs, schema.outputs))
         latent = "LATENT" in inputs and "MODEL" not in inputs and outputs[:1] == ["LATENT"]
         if latent or ("MODEL" in inputs and "MODEL" in outputs and "LATENT" not in inputs):
-            found[schema.node_id] = node
+            found[name] = node
     return found
+
+
+def inputs_of(name: str) -> list[str]:
+    """What may be set on a node; the Detail++ Sampler takes Decompose Prompt's inputs too, and the config's steps, CFG and seeds."""
+    schemas = [nodes_of_pack()[n].define_schema() for n in ((name, DECOMPOSE) if name == DETAIL else (name,))]
+    found = [entry.id for schema in schemas for entry in schema.inputs]
+    return [n for n in found if n not in OF_RUN] if name == DETAIL else found
 
 
 def method_of(given: Mapping[str, Any]) -> Method:
@@ -62,10 +92,14 @@ def method_of(given: Mapping[str, Any]) -> Method:
         node = settings.pop("node", None)
         if node not in usable():
             raise ValueError(f"prove: the method “{name}” names the node “{node}”; there are {', '.join(usable())}.")
-        known = [entry.id for entry in usable()[node].define_schema().inputs]
+        known = inputs_of(node)
         if unknown := sorted(set(settings) - set(known)):
             raise ValueError(f"prove: {node} has no input “{unknown[0]}”; there are {', '.join(known)}.")
         nodes.append((node, settings))
+    if DETAIL in [node for node, _ in nodes[:-1]]:
+        raise ValueError(
+            f"prove: the method “{name}” has {DETAIL} before another node; it samples by itself, so it must be the last."
+        )
     return Method(name, tuple(nodes))
 
 
@@ -154,8 +188,54 @@ def on_latent(method: Method, loaded: Loaded, item: Item, samples: Any) -> Any:
     for name, settings in method.nodes:
         node = usable()[name]
         schema = node.define_schema()
-        if str(schema.outputs[0].get_io_type()) == "LATENT":
+        if str(schema.outputs[0].get_io_type()) == "LATENT" and name != DETAIL:
             given = given_to(node, settings, loaded, item)
             place = next(entry.id for entry in schema.inputs if str(entry.get_io_type()) == "LATENT")
             samples = node.execute(**{**given, place: {"samples": samples}}).args[0]["samples"]
     return samples
+
+
+@dataclass(frozen=True)
+class Detail:
+    """The Detail++ Sampler for a prompt: its settings, and the prompt's branches as a conditioning."""
+
+    settings: Mapping[str, Any]
+    positive: Any
+
+    @classmethod
+    def of(cls, method: Method, loaded: Loaded, item: Item) -> Detail | None:
+        """None for a method that KSampler's own sampling does.
+
+        Raises:
+            ValueError: when a schema refuses a setting, or the prompt cannot be taken apart.
+        """
+        found = dict(method.nodes).get(DETAIL)
+        if found is None:
+            return None
+        parts = []
+        for name in (DECOMPOSE, DETAIL):
+            node = nodes_of_pack()[name]
+            own = {entry.id for entry in node.define_schema().inputs}
+            parts.append({**given_to(node, {k: v for k, v in found.items() if k in own}, loaded, item)})
+        parts[0]["text"] = item.text
+        branches = nodes_of_pack()[DECOMPOSE].execute(**parts[0]).args[0]
+        positive = nodes_of_pack()[ENCODE].execute(loaded.clip, branches).args[0]
+        return cls({name: value for name, value in parts[1].items() if name not in OF_RUN}, positive)
+
+    def sample(self, model: Any, **run: Any) -> Any:
+        """A finished latent ``[1, C, h, w]``; ``run`` is `OF_RUN` without model, positive and text."""
+        with no_bars():
+            return (
+                nodes_of_pack()[DETAIL].execute(model=model, positive=self.positive, **run, **self.settings).args[0]["samples"]
+            )
+
+
+@contextmanager
+def no_bars() -> Iterator[None]:
+    """A node's own progress bar would write over the run's."""
+    before = comfy.utils.PROGRESS_BAR_ENABLED
+    comfy.utils.set_progress_bar_enabled(False)
+    try:
+        yield
+    finally:
+        comfy.utils.set_progress_bar_enabled(before)

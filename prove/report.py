@@ -144,7 +144,7 @@ COLUMNS = ("method", "pictures", "score", "against plain (95 %)", "wins / losses
 def tables(result: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
     """A table for each scorer and part, wholes first and scorers as the config names them: its title and rows of `COLUMNS`."""
     share = {name: kind for name, _, kind in result["scorers"]}
-    ratios = ratios(result)
+    cost = ratios(result)
     order = [name for name, _ in result["methods"]]
     groups = sorted({group for _, group in result["prompts"] if group})
     rank = {name: i for i, name in enumerate(share)}
@@ -165,7 +165,7 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
             for method in order:
                 if mine.get(method):
                     cells = _cells(share.get(scorer, False), mine[method], mine.get(PLAIN, {}), method == PLAIN)
-                    rows.append([method, *cells, *ratios.get(method, ("", ""))])
+                    rows.append([method, *cells, *cost.get(method, ("", ""))])
             title = f"{scorer}, {part}" + (f", {group}" if group else "")
             if rows:
                 out.append((title, rows))

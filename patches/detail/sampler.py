@@ -24,12 +24,17 @@ SUPPORTED = tuple(name for name, sampler in SAMPLERS.items() if sampler.linear a
 PIXELS = 8  # per latent pixel, in every UNet
 
 
-def check(sampler_name: str, settings: Settings) -> None:
+def check(sampler_name: str, settings: Settings, family: str = "unet") -> None:
     """Refuse what cannot be done.
 
     Raises:
         ValueError: with what can.
     """
+    if family != "unet":
+        raise ValueError(
+            "Detail++ Sampler works with SD1.5, SD2 and SDXL. SD3 and FLUX have no self-attention apart from the text's, whose map "
+            "the branches could share; use one of those models."
+        )
     because = "keeps a history of its own from step to step, which branches cannot share"
     needs(sampler_name, "Detail++ Sampler", among=SUPPORTED, because=because)
     settings.check()
@@ -66,13 +71,8 @@ def sample(
         ValueError: for a model, sampler or conditioning that does not fit.
     """
     settings = settings or Settings()
-    check(sampler_name, settings)
     family, sites = model_sites(model)
-    if family != "unet":
-        raise ValueError(
-            "Detail++ Sampler works with SD1.5, SD2 and SDXL. SD3 and FLUX have no self-attention apart from the text's, whose map "
-            "the branches could share; use one of those models."
-        )
+    check(sampler_name, settings, family)
     read_at = mask_sites(sites)
     sets = sets_of_branches(positive)
     count = len(sets[0])

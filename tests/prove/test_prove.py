@@ -20,6 +20,7 @@ from attune.prove.log import Log
 from attune.tests import families
 
 SOFTPAG = {"name": "SoftPAG", "node": "AttuneSoftPAG", "scale": 3.0}
+DETAIL = {"name": "Detail++", "node": "AttuneDetailSampler", "granularity": "subject", "optimize": "off"}
 CONFIG = {"name": "small", "suite": {"name": "shapes", "prompts": 2}, "steps": 2, "methods": [SOFTPAG]}
 
 
@@ -57,6 +58,14 @@ def test_every_suite_says_what_each_prompt_asks_for(tmp_path):
         ({"methods": [{**SOFTPAG, "scales": 3}]}, "scales"),
         ({"methods": [{**SOFTPAG, "scale": float("nan")}]}, "scale"),
         ({"methods": [SOFTPAG, SOFTPAG]}, "two methods"),
+        ({"methods": [{**DETAIL, "cfg": 3.0}]}, "no input “cfg”"),
+        ({"methods": [{**DETAIL, "optimize": "much"}]}, "optimize"),
+        ({"methods": [{**DETAIL, "granularity": "word"}]}, "granularity"),
+        (
+            {"methods": [{"name": "D", "nodes": [{"node": "AttuneDetailSampler"}, {"node": "AttuneSoftPAG"}]}]},
+            "must be the last",
+        ),
+        ({"methods": [DETAIL], "sampler_name": "lms"}, "lms"),
         ({"scorers": ["taste"]}, "taste"),
         ({"model": {"vae": "x"}, "scorers": ["demo: bound"]}, "unet, clip"),
         ({"model": "absent.safetensors", "scorers": ["demo: bound"]}, "absent.safetensors"),
@@ -125,15 +134,48 @@ def test_the_report_opens_offline_and_has_every_part(finished):
 
 def test_results_are_joined(finished):
     other = json.loads(json.dumps(finished.result))
-    other["rows"] = [[*row[:2], 1, *row[3:]] for row in other["rows"]]
-    other["seeds"], other["costs"] = [1], []
+    other["rows"] = [[*row[:2], row[2] + 100, *row[3:]] for row in other["rows"]]
+    other["seeds"], other["costs"] = [100], []
     (joined,) = report.merged([finished.result, other, finished.result])["runs"]
-    assert len(joined["rows"]) == 2 * len(finished.result["rows"]) and joined["seeds"] == [0, 1]
+    assert len(joined["rows"]) == 2 * len(finished.result["rows"]) and joined["seeds"] == [0, 100]
     other["methods"][1][1][0][1]["scale"] = 2.0
     with pytest.raises(ValueError, match="other settings"):
         report.merged([finished.result, other])
     with pytest.raises(ValueError, match="no result"):
         report.merged([{}])
+
+
+def test_detail_samples_what_its_node_does_with_other_nodes_before_it(monkeypatch):
+    from attune.demo import model
+    from attune.language.decompose import decompose
+    from attune.patches.detail import sampler
+    from attune.patches.detail.encode import encode
+
+    soft = {
+        "name": "both",
+        "nodes": [{"node": "AttuneSoftPAG", "scale": 3.0}, {k: v for k, v in DETAIL.items() if k != "name"}],
+    }
+    made = bench.Bench({**CONFIG, "methods": [DETAIL, soft], "seeds": [7]})
+    plain, ours, both = (bench.tensor_of(made.draw((m, 1, 0))[0]) for m in (0, 1, 2))
+    base, clip, vae = model.load()
+    settings = sampler.Settings(optimize="off")
+    with torch.inference_mode():
+        latent = {"samples": torch.zeros(1, 4, 16, 16)}
+        positive = encode(clip, decompose(made.items[1].text, "subject"))
+        negative = clip.encode_from_tokens_scheduled(clip.tokenize(""))
+        samples, _ = sampler.sample(
+            base, positive, negative, latent, 8, 2, 5.0, "euler", "normal", settings=settings, disable_pbar=True
+        )
+        wanted = vae.decode(samples[-1:])
+    assert torch.equal(ours, bench.tensor_of(bench.png_of(wanted)))  # prompt 1 at seed 7 has the noise of seed 8
+    assert not torch.equal(both, ours) and not torch.equal(plain, ours)
+
+
+def test_each_prompt_has_noise_of_its_own_unless_told_otherwise():
+    made = bench.Bench({**CONFIG, "seeds": [5, 9]})
+    assert [[made.seed(i, s) for s in (0, 1)] for i in (0, 1)] == [[5, 9], [6, 10]]
+    made = bench.Bench({**CONFIG, "seeds": [5, 9], "seed_per_prompt": False})
+    assert [[made.seed(i, s) for s in (0, 1)] for i in (0, 1)] == [[5, 9], [5, 9]]
 
 
 def test_differences_are_paired():
