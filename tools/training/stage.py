@@ -5,13 +5,19 @@ from __future__ import annotations
 import copy
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 CHECKPOINTS = Path(__file__).parents[2] / ".runtime" / "training"
+DEVICE = torch.device("cuda" if torch.cuda.is_available() else "cpu")  # of the trainings that are written for both
+
+
+def mixed() -> torch.autocast:
+    """Half precision where it is safe, on `DEVICE`."""
+    return torch.autocast(DEVICE.type, torch.bfloat16)
 
 
 def initialise(module: nn.Module, seed: int) -> None:
@@ -35,10 +41,23 @@ def initialise(module: nn.Module, seed: int) -> None:
 class Stage:
     """One training loop: a cosine schedule by time spent, checkpoints every few minutes, an average of the weights.
 
-    Time is what this thread has worked, so that a machine busy with other things makes training longer, not worse.
+    Time is what this thread has worked, so that a machine busy with other things makes training longer, not worse; on a GPU
+    it is the clock's. ``modules`` are moved to ``device``; `kept` gives an average back where it is saved and measured.
     """
 
-    def __init__(self, name: str, modules: dict[str, nn.Module], minutes: float, rate: float, decay: float = 0.999):
+    def __init__(
+        self,
+        name: str,
+        modules: dict[str, nn.Module],
+        minutes: float,
+        rate: float,
+        decay: float = 0.999,
+        device: torch.device | None = None,
+    ):
+        device = device or torch.device("cpu")
+        self.clock = time.thread_time if device.type == "cpu" else time.monotonic
+        for module in modules.values():
+            module.to(device)
         self.name, self.modules, self.seconds, self.rate, self.decay = name, modules, minutes * 60, rate, decay
         self.path = CHECKPOINTS / f"{name}.pt"
         self.average = copy.deepcopy(nn.ModuleDict(modules)).requires_grad_(False)
@@ -46,7 +65,7 @@ class Stage:
         self.optimiser = torch.optim.AdamW(self.live.parameters(), lr=rate, betas=(0.9, 0.99), weight_decay=0.01)
         self.step, self.spent = 0, 0.0
         if self.path.exists():
-            saved = torch.load(self.path, weights_only=True)
+            saved = torch.load(self.path, map_location=device, weights_only=True)
             self.live.load_state_dict(saved["live"])
             self.average.load_state_dict(saved["average"])
             self.optimiser.load_state_dict(saved["optimiser"])
@@ -56,6 +75,10 @@ class Stage:
     def done(self) -> bool:
         return self.spent >= self.seconds
 
+    def kept(self, name: str) -> nn.Module:
+        """The average of a module's weights, on the CPU, ready for use."""
+        return self.average[name].cpu().eval()
+
     def save(self) -> None:
         CHECKPOINTS.mkdir(parents=True, exist_ok=True)
         state = {"live": self.live.state_dict(), "average": self.average.state_dict(), "optimiser": self.optimiser.state_dict()}
@@ -63,9 +86,9 @@ class Stage:
         torch.save({**state, "step": self.step, "spent": self.spent}, temporary)
         temporary.replace(self.path)
 
-    def run(self, loss: Callable[[int], tuple[Tensor, dict[str, float]]], batch: int) -> None:
+    def run(self, loss: Callable[[int], tuple[Tensor, Mapping[str, float | Tensor]]], batch: int) -> None:
         """Call ``loss(step)`` until the time is spent."""
-        began, saved_at, said, window = time.thread_time() - self.spent, self.spent, self.spent, self.step
+        began, saved_at, said, window = self.clock() - self.spent, self.spent, self.spent, self.step
         while not self.done:
             progress = self.spent / self.seconds
             warm = min(1.0, (self.step + 1) / 200)
@@ -77,14 +100,15 @@ class Stage:
             nn.utils.clip_grad_norm_(self.live.parameters(), 1.0)
             self.optimiser.step()
             keep = min(self.decay, (1 + self.step) / (10 + self.step))
-            averaged: list[Tensor] = list(self.average.parameters())
-            live: list[Tensor] = list(self.live.parameters())
-            torch._foreach_lerp_(averaged, live, 1 - keep)
+            with torch.no_grad():
+                averaged: list[Tensor] = list(self.average.parameters())
+                live: list[Tensor] = list(self.live.parameters())
+                torch._foreach_lerp_(averaged, live, 1 - keep)
             self.step += 1
-            self.spent = time.thread_time() - began
+            self.spent = self.clock() - began
             if self.spent - said > 30:
                 speed = (self.step - window) * batch / (self.spent - said)
-                words = "  ".join(f"{k} {v:.4f}" for k, v in notes.items())
+                words = "  ".join(f"{k} {float(v):.4f}" for k, v in notes.items())
                 print(
                     f"{self.name}: {self.spent / 60:5.1f} of {self.seconds / 60:.0f} min, step {self.step}, {speed:.0f}/s  {words}",
                     flush=True,

@@ -43,10 +43,10 @@ def encode(tower: nn.Module, tokens: Tensor) -> Tensor:
     body = tower.text_model
     length = tokens.shape[1]
     x = body.embeddings.token_embedding(tokens) + body.embeddings.position_embedding.weight[:length]
-    mask = torch.full((length, length), -torch.finfo(x.dtype).max).triu_(1)
+    mask = torch.full((length, length), -torch.finfo(x.dtype).max, device=x.device).triu_(1)
     attention = optimized_attention_for_device(x.device, mask=True, small_input=True)
     for layer in body.encoder.layers:
         x = x + layer.self_attn(layer.layer_norm1(x), mask, attention)
         x = x + layer.mlp(layer.layer_norm2(x))
     first_end = (tokens == Words.END).int().argmax(dim=1)
-    return tower.text_projection(body.final_layer_norm(x)[torch.arange(len(x)), first_end])
+    return tower.text_projection(body.final_layer_norm(x)[torch.arange(len(x), device=x.device), first_end])

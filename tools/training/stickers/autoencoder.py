@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ....demo.model import LATENT_SCALE
 from ....demo.stickers import model, reader, world
-from ..stage import Stage, initialise
+from ..stage import DEVICE, Stage, initialise, mixed
 from . import dataset
 from .reader import as_tensor as unit
 from .sources import WORK
@@ -54,21 +54,23 @@ def crops(rng: np.random.Generator, shards: list, number: int, side: int) -> np.
     return out
 
 
-def train(minutes: float) -> nn.Module:
+def train(minutes: float, batch: int) -> nn.Module:
     """Crops first, which are quick; whole pictures at the end, because group norms see the whole picture."""
     net: Any = model.autoencoder()
     initialise(net, 1)
-    stage = Stage("stickers_autoencoder", {"autoencoder": net.to(memory_format=torch.channels_last)}, minutes, 1.5e-3)
+    stage = Stage(
+        "stickers_autoencoder", {"autoencoder": net.to(memory_format=torch.channels_last)}, minutes, 1.5e-3, device=DEVICE
+    )
     for part in (net.encoder, net.decoder):
         part.mid.attn_1.optimized_attention = _plain_attention
     rng = np.random.default_rng(stage.step)
     shards = [dataset.load("train", k) for k in dataset.shards("train")]
     encoder, decoder = (torch.compile(part, dynamic=False) for part in (net.encoder, net.decoder))
 
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
-        crop, batch = (64, 8) if stage.spent < 0.72 * stage.seconds else (world.SIZE, 2)
-        target = as_tensor(crops(rng, shards, batch, crop))
-        with torch.autocast("cpu", torch.bfloat16):
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
+        crop, number = (64, batch) if stage.spent < 0.72 * stage.seconds else (world.SIZE, max(2, batch // 4))
+        target = as_tensor(crops(rng, shards, number, crop)).to(DEVICE)
+        with mixed():
             moments = net.quant_conv(encoder(target))
             mean, log_variance = moments.float().chunk(2, dim=1)
             log_variance = log_variance.clamp(-20, 10)
@@ -78,29 +80,29 @@ def train(minutes: float) -> nn.Module:
         error, square = (out - target).abs().mean(), F.mse_loss(out, target)
         slope = torch.stack([(a - b).abs().mean() for a, b in zip(_slopes(out), _slopes(target), strict=True)]).mean()
         return error + square + slope + 1e-4 * kl, {
-            "L1": error.item(),
-            "mse": square.item(),
-            "slope": slope.item(),
-            "kl": kl.item(),
+            "L1": error.detach(),
+            "mse": square.detach(),
+            "slope": slope.detach(),
+            "kl": kl.detach(),
         }
 
-    stage.run(loss, 8)
-    return stage.average["autoencoder"].eval()
+    stage.run(loss, batch)
+    return stage.kept("autoencoder").to(DEVICE)
 
 
 def moments(net: nn.Module, pictures: np.ndarray) -> Tensor:
-    """Means and log variances ``float [B, 8, 32, 32]``, not scaled."""
-    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        return net.quant_conv(net.encoder(as_tensor(pictures))).float()
+    """Means and log variances ``float [B, 8, 32, 32]``, not scaled; on `DEVICE`, where the network is."""
+    with torch.no_grad(), mixed():
+        return net.quant_conv(net.encoder(as_tensor(pictures).to(DEVICE))).float()
 
 
 def reconstructed(net: nn.Module, pictures: np.ndarray) -> np.ndarray:
     """Pictures through latents and back, ``uint8 [B, H, W, 3]``."""
     out = []
     for i in range(0, len(pictures), 8):
-        with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        with torch.no_grad(), mixed():
             images = net.decoder(net.post_quant_conv(moments(net, pictures[i : i + 8])[:, :4])).float()
-        out.append(((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).numpy())
+        out.append(((images.clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy())
     return np.concatenate(out)
 
 
@@ -146,7 +148,8 @@ def preview_factors(net: nn.Module, pictures: np.ndarray) -> Tensor:
     """Least-squares colours of latents, ``[5, 3]``: four channels and a constant, for ComfyUI's previews."""
     latents = moments(net, pictures)[:, :4] * LATENT_SCALE
     known = torch.cat([latents, torch.ones_like(latents[:, :1])], dim=1).permute(0, 2, 3, 1).reshape(-1, 5)
-    return torch.linalg.lstsq(known, F.avg_pool2d(as_tensor(pictures), 8).permute(0, 2, 3, 1).reshape(-1, 3)).solution
+    colours = F.avg_pool2d(as_tensor(pictures).to(DEVICE), 8).permute(0, 2, 3, 1).reshape(-1, 3)
+    return torch.linalg.lstsq(known.cpu(), colours.cpu()).solution
 
 
 def export(net: nn.Module, command: str) -> None:
@@ -156,7 +159,7 @@ def export(net: nn.Module, command: str) -> None:
     parts = {**net.state_dict(), "preview_factors": preview_factors(net, pictures[512:640])}
     WEIGHTS.parent.mkdir(exist_ok=True)
     metadata = {"data_version": world.DATA_VERSION, "command": command}
-    save_file({k: v.half().contiguous() for k, v in parts.items()}, WEIGHTS, metadata=metadata)
+    save_file({k: v.half().cpu().contiguous() for k, v in parts.items()}, WEIGHTS, metadata=metadata)
     print(f"saved {WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.1f} MB", flush=True)
 
 
@@ -166,7 +169,7 @@ def shipped() -> nn.Module:
     del weights["preview_factors"]
     net = model.autoencoder().eval().requires_grad_(False)
     net.load_state_dict(weights)
-    return net.to(memory_format=torch.channels_last)
+    return net.to(DEVICE, memory_format=torch.channels_last)
 
 
 def latents(split: str = "train") -> Tensor:
@@ -177,7 +180,7 @@ def latents(split: str = "train") -> Tensor:
         if not path.exists():
             net = net or shipped()
             pictures = dataset.load(split, shard)[0]
-            found = [(moments(net, pictures[i : i + 8])[:, :4] * LATENT_SCALE).half() for i in range(0, len(pictures), 8)]
+            found = [(moments(net, pictures[i : i + 8])[:, :4] * LATENT_SCALE).half().cpu() for i in range(0, len(pictures), 8)]
             torch.save(torch.cat(found), path)
             print(f"latents: {split} {shard}", flush=True)
         out.append(torch.load(path, weights_only=True))
@@ -187,8 +190,12 @@ def latents(split: str = "train") -> Tensor:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=60, help="training time in all; 0 only measures what ships")
+    parser.add_argument("--batch", type=int, default=8, help="crops; a quarter as many whole pictures")
     args = parser.parse_args(argv)
     torch.manual_seed(1)
     if args.minutes:
-        export(train(args.minutes), f"run.py train stickers autoencoder --minutes {args.minutes:g}")
+        export(
+            train(args.minutes, args.batch),
+            f"run.py train stickers autoencoder --minutes {args.minutes:g} --batch {args.batch}",
+        )
     return 1 if gate(shipped()) < 0.97 else 0

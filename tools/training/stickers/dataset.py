@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import argparse
 import itertools
+import multiprocessing
+from collections.abc import Callable, Iterable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -55,6 +58,14 @@ def draw(split: str, shard: int) -> None:
     print(f"drawn: {split} {shard}", flush=True)
 
 
+def in_parallel(work: Callable[..., Any], arguments: Iterable[tuple]) -> list[Any]:
+    """``[work(*a) for a in arguments]`` on all cores, where processes can be forked."""
+    if "fork" not in multiprocessing.get_all_start_methods():
+        return list(itertools.starmap(work, arguments))
+    with multiprocessing.get_context("fork").Pool() as workers:
+        return workers.starmap(work, arguments, chunksize=1)
+
+
 def shards(split: str) -> list[int]:
     """The shards of a split that have been drawn."""
     return sorted(int(p.stem.split("_")[1]) for p in (WORK / "pictures").glob(f"{split}_???_pictures.npy"))
@@ -77,12 +88,6 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("--spoiled", type=int, default=4, help="thousands of pictures with spoiled things, for the reader")
     parser.add_argument("--held-out", type=int, default=2, help="thousands of each of the splits tune and test")
     args = parser.parse_args(argv)
-    for split, count in (
-        ("train", args.thousands),
-        ("spoiled", args.spoiled),
-        ("tune", args.held_out),
-        ("test", args.held_out),
-    ):
-        for shard in range(count):
-            draw(split, shard)
+    counts = {"train": args.thousands, "spoiled": args.spoiled, "tune": args.held_out, "test": args.held_out}
+    in_parallel(draw, [(split, shard) for split, count in counts.items() for shard in range(count)])
     return 0

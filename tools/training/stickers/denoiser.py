@@ -12,12 +12,13 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from ....demo.stickers import model, world
-from ..stage import Stage, initialise, plain_attention
+from ..stage import DEVICE, Stage, initialise, mixed, plain_attention
 from ..text import Words
 from . import dataset
 from .autoencoder import latents
 
 WEIGHTS = model.WEIGHTS / "denoiser.safetensors"
+SAYINGS = 12  # captions that each picture has, drawn ahead
 DROPPED = 0.1  # share of captions left empty, for guidance
 WARM_UP = 0.3  # share of the training that the auxiliary reading head helps for
 
@@ -50,27 +51,36 @@ class Reading(nn.Module):
         return torch.stack(losses).mean()
 
 
+def sayings(shard: int) -> np.ndarray:
+    """Tokens of captions of a shard's pictures, ``uint16 [SHARD, SAYINGS, 77]``."""
+    rng, words, scenes = np.random.default_rng([4, shard]), Words(), dataset.scenes_of("train", shard)
+    said = [[words.ids(world.describe(scene, rng).text) for _ in range(SAYINGS)] for scene in scenes]
+    return np.array(said, dtype=np.uint16)
+
+
 class Pool:
-    """Latents of the drawn pictures, their scenes, and who is where."""
+    """Latents of the drawn pictures, their captions' tokens, and who is where, on `DEVICE`."""
 
     def __init__(self) -> None:
-        self.latents = latents("train")
         shards = dataset.shards("train")
-        self.scenes = [scene for shard in shards for scene in dataset.scenes_of("train", shard)]
+        self.captions = np.concatenate(dataset.in_parallel(sayings, [(shard,) for shard in shards]))
+        self.latents = latents("train").to(DEVICE)
+        scenes = [scene for shard in shards for scene in dataset.scenes_of("train", shard)]
         owners = np.concatenate([dataset.load("train", shard)[1] for shard in shards]).astype(np.int8)
         corners = [owners[:, a::2, b::2] for a in (0, 1) for b in (0, 1)]
         same = np.all([c == corners[0] for c in corners], axis=0)
-        self.owners = torch.from_numpy(np.where(same, corners[0], -1))  # -1: mixed
-        self.names = torch.full((len(self.scenes), 5, len(NAMED)), -100, dtype=torch.int16)  # place, things, mixed
+        self.owners = torch.from_numpy(np.where(same, corners[0], -1)).to(DEVICE)  # -1: mixed
+        names = torch.full((len(scenes), 5, len(NAMED)), -100, dtype=torch.int16)  # place, things, mixed
         colours, accessories, styles = [*world.COLOURS], ("", *world.ACCESSORIES), ("", *world.STYLES)
-        for row, scene in zip(self.names, self.scenes, strict=True):
+        for row, scene in zip(names, scenes, strict=True):
             row[0, 0], row[0, 3] = len(world.NOUNS) + world.PLACES.index(scene.place), styles.index(scene.style)
             for k, t in enumerate(scene.things, 1):
                 seen = t.colour and t.style not in world.COLOURLESS
                 row[k, 0], row[k, 1] = world.NOUNS.index(t.noun), colours.index(t.colour) if seen else -100
                 row[k, 2], row[k, 3] = accessories.index(t.accessory), styles.index(t.style)
+        self.names = names.to(DEVICE)
 
-    def truth(self, chosen: np.ndarray) -> Tensor:
+    def truth(self, chosen: Tensor) -> Tensor:
         """What the reading head should say, ``int64 [B, 4, 32, 32]``."""
         where = self.owners[chosen].long().flatten(1)[:, :, None].expand(-1, -1, len(NAMED))  # -1 takes the last row
         return self.names[chosen].long().gather(1, where % 5).transpose(1, 2).unflatten(2, self.owners.shape[1:])
@@ -85,6 +95,7 @@ def text_encoder() -> nn.Module:
 
 def train(minutes: float, words: Words, batch: int) -> tuple[nn.Module, dict[str, float]]:
     """Noise prediction, min-SNR-5 weights, a tenth of the captions dropped; goes on from checkpoint or stored weights."""
+    pool = Pool()  # it forks: before the GPU is used
     unet = model.unet()
     initialise(unet, 3)
     with torch.no_grad():  # residual branches start as nothing
@@ -93,13 +104,14 @@ def train(minutes: float, words: Words, batch: int) -> tuple[nn.Module, dict[str
                 parameter.zero_()
     if WEIGHTS.exists():  # without the optimiser's state, should no checkpoint be there
         unet.load_state_dict({name: weight.float() for name, weight in load_file(WEIGHTS).items()})
-    unet = unet.to(memory_format=torch.channels_last)
+    unet = unet.to(DEVICE, memory_format=torch.channels_last)
     torch.manual_seed(3)
     channels = model.UNET_CONFIG["model_channels"]
-    reading, text, pool = Reading(channels * 3, channels * 2), text_encoder(), Pool()
-    stage = Stage("stickers_denoiser", {"denoiser": unet, "reading": reading}, minutes, 1e-3, decay=0.9995)
+    reading = Reading(channels * 3, channels * 2)
+    stage = Stage("stickers_denoiser", {"denoiser": unet, "reading": reading}, minutes, 1e-3, decay=0.9995, device=DEVICE)
+    text, nothing = text_encoder().to(DEVICE), np.array(words.ids(""), np.uint16)
     rng = np.random.default_rng([3, stage.step])
-    kept = 1 / (1 + model.noise_levels() ** 2)
+    kept = (1 / (1 + model.noise_levels() ** 2)).to(DEVICE)
 
     def forward(x: Tensor, t: Tensor, context: Tensor, truth: Tensor | None) -> tuple[Tensor, Tensor]:
         taps = []
@@ -114,27 +126,29 @@ def train(minutes: float, words: Words, batch: int) -> tuple[nn.Module, dict[str
 
     compiled = torch.compile(forward, dynamic=False)
 
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         help_ = max(0.0, 1 - stage.spent / (WARM_UP * stage.seconds))
-        chosen = rng.integers(0, len(pool.scenes), batch)
-        texts = ["" if rng.random() < DROPPED else world.describe(pool.scenes[i], rng).text for i in chosen]
+        rows = rng.integers(0, len(pool.captions), batch)
+        tokens = pool.captions[rows, rng.integers(0, SAYINGS, batch)]
+        tokens[rng.random(batch) < DROPPED] = nothing
+        chosen = torch.from_numpy(rows).to(DEVICE)
         x, t = (
             pool.latents[chosen].float(),
-            torch.from_numpy((rng.permutation(batch) + rng.random(batch)) / batch * 1000).long(),
+            torch.from_numpy((rng.permutation(batch) + rng.random(batch)) / batch * 1000).long().to(DEVICE),
         )
         noise, a = torch.randn_like(x), kept[t][:, None, None, None]
         noisy = (a.sqrt() * x + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed():
             with torch.no_grad():
-                context = text(words.batch(texts))[0]
+                context = text(torch.from_numpy(tokens.astype(np.int64)).to(DEVICE))[0]
             guess, read = compiled(noisy, t.float(), context.float(), pool.truth(chosen) if help_ else None)
         snr = a / (1 - a)
         error = ((guess.float() - noise) ** 2).mean((1, 2, 3))
         own = (error * (snr.clamp(max=5) / snr).flatten()).mean()
-        return 4 * own + 0.3 * help_ * read, {"error": error.mean().item(), "weighted": own.item(), "read": read.item()}
+        return 4 * own + 0.3 * help_ * read, {"error": error.detach().mean(), "weighted": own.detach(), "read": read.detach()}
 
     stage.run(loss, batch)
-    return stage.average["denoiser"].eval(), {"minutes": round(stage.spent / 60, 1), "pictures": stage.step * batch}
+    return stage.kept("denoiser"), {"minutes": round(stage.spent / 60, 1), "pictures": stage.step * batch}
 
 
 def main(argv: list[str]) -> int:

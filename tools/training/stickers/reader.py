@@ -17,7 +17,7 @@ from torch import Tensor
 from ....demo.stickers import reader as reading
 from ....demo.stickers import world
 from ....demo.stickers.reader import CELL, SURE, WIDTH, Maps, Reader
-from ..stage import Stage
+from ..stage import DEVICE, Stage, mixed
 from . import dataset
 
 IGNORED = -100
@@ -48,20 +48,21 @@ def wear(images: Tensor, rng: torch.Generator) -> Tensor:
     """Random wear of ``[B, 3, H, W]`` in [0, 1]: lost detail, blur, noise, light, contrast and colour shifts."""
     b, _, h, w = images.shape
 
+    def random(*shape: int) -> Tensor:
+        return torch.rand(shape, generator=rng).to(images)
+
     def some(share: float, *shape: int) -> Tensor:
         """Uniform in [-1, 1) for a share of the pictures, else 0: ``[B, *shape]``."""
-        chosen = torch.rand((b, *(1 for _ in shape)), generator=rng) < share
-        return (2 * torch.rand((b, *shape), generator=rng) - 1) * chosen
+        chosen = random(b, *(1 for _ in shape)) < share
+        return (2 * random(b, *shape) - 1) * chosen
 
     if torch.rand((), generator=rng) < 0.5:
         scale = 0.55 + 0.4 * torch.rand((), generator=rng).item()
         small = F.interpolate(images, scale_factor=scale, mode="bilinear", antialias=True)
         soft = F.interpolate(small, size=(h, w), mode="bilinear")
-        images = torch.where(torch.rand((b, 1, 1, 1), generator=rng) < 0.5, soft, images)
-    blotches = F.interpolate(torch.randn((b, 3, 24, 24), generator=rng), size=(h, w), mode="bilinear")
-    images = (
-        images + 0.06 * some(0.4, 1, 1, 1) * torch.randn(images.shape, generator=rng) + 0.06 * some(0.4, 1, 1, 1) * blotches
-    )
+        images = torch.where(random(b, 1, 1, 1) < 0.5, soft, images)
+    blotches = F.interpolate(torch.randn((b, 3, 24, 24), generator=rng).to(images), size=(h, w), mode="bilinear")
+    images = images + 0.06 * (some(0.4, 1, 1, 1) * torch.randn_like(images) + some(0.4, 1, 1, 1) * blotches)
     light = 0.06 * some(0.5, 1, 1, 1) + 0.04 * some(0.5, 3, 1, 1)
     return ((images - 0.5) * (1 + 0.12 * some(0.5, 1, 1, 1)) + 0.5 + light).clamp(0, 1)
 
@@ -70,7 +71,7 @@ def _loss(maps: Maps, things: Tensor, places: Tensor, owners: Tensor) -> dict[st
     """Every part of the loss of ``B`` pictures; ``owners`` is ``int64 [B, 64, 64]``, each quarter's thing from 1 on."""
     real, x, y, width, *words = things.unbind(dim=2)  # each [B, 3]
     h, w = maps.heat.shape[1:]
-    columns, rows = torch.arange(w) + 0.5, torch.arange(h) + 0.5
+    columns, rows = (torch.arange(n, device=things.device) + 0.5 for n in (w, h))
     dx = x[:, :, None, None] / CELL - columns[None, None, None, :]
     dy = y[:, :, None, None] / CELL - rows[None, None, :, None]
     far = (real[:, :, None, None] == 0) * 1e6
@@ -94,7 +95,7 @@ def _loss(maps: Maps, things: Tensor, places: Tensor, owners: Tensor) -> dict[st
     inside = (whole > 0) & (whole == owners[:, 1::2, 1::2]) & (whole == owners[:, ::2, 1::2]) & (whole == owners[:, 1::2, ::2])
     at = inside.nonzero(as_tuple=True)
     truth = words[3][at[0], whole[at] - 1].long()
-    parts["style"] = F.cross_entropy(maps.style.permute(0, 2, 3, 1)[at], truth, weight=STYLE_WEIGHTS)
+    parts["style"] = F.cross_entropy(maps.style.permute(0, 2, 3, 1)[at], truth, weight=STYLE_WEIGHTS.to(truth.device))
     empty = (heat < 0.02).nonzero(as_tuple=True)
     none = torch.full_like(empty[0], reading.NOUNS.index("none"))
     parts["empty"] = 0.1 * F.cross_entropy(maps.noun.permute(0, 2, 3, 1)[empty], none)
@@ -108,9 +109,9 @@ def _loss(maps: Maps, things: Tensor, places: Tensor, owners: Tensor) -> dict[st
     return parts
 
 
-def as_tensor(pictures: np.ndarray) -> Tensor:
+def as_tensor(pictures: np.ndarray, device: torch.device | None = None) -> Tensor:
     """``uint8 [B, H, W, 3]`` to ``float [B, 3, H, W]`` in [0, 1]."""
-    return torch.from_numpy(np.array(pictures, order="C")).permute(0, 3, 1, 2).float() / 255
+    return torch.from_numpy(np.array(pictures, order="C")).to(device).permute(0, 3, 1, 2).float() / 255
 
 
 class Pool:
@@ -124,39 +125,43 @@ class Pool:
                 self.shards.append((*dataset.load(split, shard), *truth))
 
     def batch(self, rng: np.random.Generator, count: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """Pictures, things, places, and each quarter's thing."""
-        rows = []
-        for _ in range(count):
-            pictures, owners, things, places = self.shards[rng.integers(len(self.shards))]
-            k = int(rng.integers(len(pictures)))
-            picture, owner, thing = pictures[k], owners[k], things[k].clone()
-            if rng.random() < 0.5:
-                picture, owner = picture[:, ::-1], owner[:, ::-1]
-                thing[:, 1] = world.SIZE - thing[:, 1]
-            rows.append((as_tensor(picture[None])[0], thing, places[k], torch.from_numpy(owner.astype(np.int64))))
-        drawn, of_things, of_places, of_cells = (torch.stack(part) for part in zip(*rows, strict=True))
-        return drawn, of_things, of_places, of_cells
+        """Pictures, things, places, and each quarter's thing, on `DEVICE`."""
+        pictures = np.empty((count, world.SIZE, world.SIZE, 3), np.uint8)
+        owners = np.empty((count, dataset.OWNER, dataset.OWNER), np.uint8)
+        things, places = [], []
+        for i in range(count):
+            shard = self.shards[rng.integers(len(self.shards))]
+            k = int(rng.integers(len(shard[0])))
+            pictures[i], owners[i] = shard[0][k], shard[1][k]
+            things.append(shard[2][k])
+            places.append(shard[3][k])
+        drawn, of_things = as_tensor(pictures, DEVICE), torch.stack(things).to(DEVICE)
+        of_cells = torch.from_numpy(owners).to(DEVICE).long()
+        mirrored = torch.from_numpy(rng.random(count) < 0.5).to(DEVICE)[:, None, None]
+        of_things[..., 1] = torch.where(mirrored[..., 0], world.SIZE - of_things[..., 1], of_things[..., 1])
+        drawn = torch.where(mirrored[..., None], drawn.flip(3), drawn)
+        return drawn, of_things, torch.stack(places).to(DEVICE), torch.where(mirrored, of_cells.flip(2), of_cells)
 
 
-def train(minutes: float, batch: int = 16) -> Reader:
+def train(minutes: float, batch: int) -> Reader:
     """Train for that long in all, going on from the last checkpoint; gives the average of the weights over the last steps."""
     torch.manual_seed(0)
     net, pool = Reader().to(memory_format=torch.channels_last), Pool()
-    stage = Stage("stickers_reader", {"reader": net}, minutes, 3e-3)
+    stage = Stage("stickers_reader", {"reader": net}, minutes, 3e-3, device=DEVICE)
     rng, generator = np.random.default_rng([3, stage.step]), torch.Generator().manual_seed(stage.step)
     compiled = torch.compile(net, dynamic=False)
 
-    def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+    def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
         images, things, places, owners = pool.batch(rng, batch)
-        with torch.autocast("cpu", torch.bfloat16):
+        with mixed():
             maps = compiled(wear(images, generator).contiguous(memory_format=torch.channels_last))
         parts = _loss(maps, things, places, owners)
-        return torch.stack(list(parts.values())).sum(), {name: part.item() for name, part in parts.items()}
+        return torch.stack(list(parts.values())).sum(), {name: part.detach() for name, part in parts.items()}
 
     stage.run(loss, batch)
-    averaged: Reader = stage.average["reader"]  # type: ignore[assignment]
-    torch.optim.swa_utils.update_bn((wear(pool.batch(rng, 32)[0], generator) for _ in range(30)), averaged)
-    return averaged.eval()
+    torch.optim.swa_utils.update_bn((wear(pool.batch(rng, 32)[0], generator) for _ in range(30)), stage.average["reader"])
+    averaged: Reader = stage.kept("reader")  # type: ignore[assignment]
+    return averaged
 
 
 def measure(net: Reader, split: str, count: int, images: Tensor | None = None) -> dict[str, float]:
@@ -217,16 +222,17 @@ def table(net: Reader, count: int) -> tuple[str, dict[str, float]]:
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--minutes", type=float, default=45, help="training time in all; 0 only measures the shipped reader")
+    parser.add_argument("--batch", type=int, default=16)
     parser.add_argument("--pictures", type=int, default=2000, help="held-out pictures to measure on")
     parser.add_argument("--weights", type=Path, default=reading.WEIGHTS)
     args = parser.parse_args(argv)
-    net = train(args.minutes).half().float() if args.minutes else reading.load_reader(args.weights)
+    net = train(args.minutes, args.batch).half().float() if args.minutes else reading.load_reader(args.weights)
     text, metrics = table(net, args.pictures)
     print(text)
     print(f"spoiled things taken for things: {100 * spoiled_named(net):.1f} %", flush=True)
     if args.minutes:
         state = {k: (v.half() if v.is_floating_point() else v).contiguous() for k, v in net.state_dict().items()}
-        command = f"run.py train stickers reader --minutes {args.minutes:g}"
+        command = f"run.py train stickers reader --minutes {args.minutes:g} --batch {args.batch}"
         metadata = {"data_version": world.DATA_VERSION, "command": command, "metrics": json.dumps(metrics)}
         args.weights.parent.mkdir(parents=True, exist_ok=True)
         save_file(state, args.weights, metadata=metadata)

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ....demo.stickers import model, world
-from ..stage import Stage, initialise
+from ..stage import DEVICE, Stage, initialise, mixed
 from ..text import Words, encode
 from . import dataset
 
@@ -64,25 +64,26 @@ def train(minutes: float, words: Words) -> tuple[nn.Module, nn.Module]:
     torch.manual_seed(2)
     say, see = torch.compile(encode, dynamic=False), torch.compile(picture, dynamic=False)
     scale = nn.ParameterDict({"log_scale": nn.Parameter(torch.tensor(2.65))})
-    stage = Stage("stickers_text", {"text": tower, "picture": picture, "scale": scale}, minutes, 1e-3)
+    stage = Stage("stickers_text", {"text": tower, "picture": picture, "scale": scale}, minutes, 1e-3, device=DEVICE)
     if not stage.done:
         seen, scenes = pool("train")
+        seen = seen.to(DEVICE)
         rng, batch = np.random.default_rng([2, stage.step]), 192
 
-        def loss(step: int) -> tuple[Tensor, dict[str, float]]:
+        def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
             chosen = rng.choice(len(scenes), batch, replace=False)
-            tokens = shortened(words.batch([world.describe(scenes[i], rng).text for i in chosen]))
+            tokens = shortened(words.batch([world.describe(scenes[i], rng).text for i in chosen])).to(DEVICE)
             x = seen[chosen].float() / 255
-            with torch.autocast("cpu", torch.bfloat16):
+            with mixed():
                 a = F.normalize(say(tower, tokens).float(), dim=-1)
                 b = F.normalize(see(x + 0.03 * torch.randn_like(x)).float(), dim=-1)
             logits = a @ b.T * scale["log_scale"].exp().clamp(max=100)
-            target = torch.arange(batch)
-            right = (logits.argmax(1) == target).float().mean().item()
+            target = torch.arange(batch, device=DEVICE)
+            right = (logits.argmax(1) == target).float().mean().detach()
             return 0.5 * (F.cross_entropy(logits, target) + F.cross_entropy(logits.T, target)), {"right": right}
 
         stage.run(loss, batch)
-    return stage.average["text"].eval(), stage.average["picture"].eval()
+    return stage.kept("text"), stage.kept("picture")
 
 
 def join(things: Iterable[world.Stated], caption: world.Caption) -> str:
