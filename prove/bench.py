@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,10 +24,11 @@ from ..hunt.files import file_name
 from ..hunt.head_files import pack_version
 from ..patches.detail import sampler as detail
 from ..patches.hook.install import model_sites
+from ..patches.samplers import NONE, NORMAL, SAMPLERS, SamplerNeeds
 from ..scoring.folders import digest
 from .judges import Judge, Metric, judges
 from .log import Log, key_of
-from .methods import Detail, Loaded, Method, listens, methods_of, on_latent, on_model
+from .methods import Detail, Loaded, Method, listens, methods_of, needs_prompt, on_latent, on_model
 from .suites import Item, items
 
 VERSION = 1  # of what a picture's key means
@@ -48,12 +49,19 @@ KEYS: dict[str, Any] = {
     "cfg": 5.0,
     "sampler_name": "euler",
     "scheduler": "normal",
+    "batch": 1,  # pictures at once, of methods that are the same for every prompt; times and memory are then those of batches
     "preview": 20,  # pictures between two previews; 0 for none
     "ray": None,
     "output": "",
 }
 SAMPLING = ("negative", "guidance", "width", "height", "steps", "cfg", "sampler_name", "scheduler")
 Task = tuple[int, int, int]  # method, item, seed
+Wanted = tuple[
+    int, int, int, bytes | None, list[str]
+]  # a task, its picture as PNG if there is one, the scorers that are wanted
+Picture = tuple[
+    bytes, float, int
+]  # PNG, seconds (setting up, sampling and decoding), bytes at the most (0 where a device does not tell)
 Loader = Callable[[Mapping[str, Any]], Loaded]
 
 
@@ -75,6 +83,8 @@ def filled(data: Mapping[str, Any]) -> dict[str, Any]:
     known = comfy.samplers.KSampler
     if config["sampler_name"] not in known.SAMPLERS or config["scheduler"] not in known.SCHEDULERS:
         raise ValueError("prove: this ComfyUI has no such sampler_name or scheduler; write them as KSampler shows them.")
+    if not isinstance(config["batch"], int) or config["batch"] < 1:
+        raise ValueError("prove: batch must be a whole number from 1.")
     if not isinstance(config["steps"], int) or config["steps"] < 1 or not 0 <= float(config["cfg"]) <= 100:
         raise ValueError("prove: steps must be a whole number from 1, and cfg from 0 to 100.")
     return config
@@ -99,7 +109,7 @@ class Drawn:
     """A finished task: its key, the picture if it is new, and what each scorer that had not judged it says."""
 
     key: str
-    picture: tuple[bytes, float, int] | None
+    picture: Picture | None
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
 
 
@@ -172,48 +182,89 @@ class Bench:
         }
         return key_of(what)
 
+    def together(self, part: Sequence[Wanted]) -> list[list[Wanted]]:
+        """Some of what is to do, in groups that are drawn at once."""
+        out: list[list[Wanted]] = []
+        open_groups: dict[int, list[Wanted]] = {}
+        alone = (
+            SAMPLERS.get(self.config["sampler_name"], SamplerNeeds(noise=NORMAL)).noise != NONE
+        )  # rows would share its noise
+        for one in part:
+            m, drawn = one[0], one[3]
+            group = None if drawn or alone or needs_prompt(self.methods[m]) else open_groups.get(m)
+            if group is not None and len(group) < self.config["batch"]:
+                group.append(one)
+                continue
+            out.append([one])
+            if not (drawn or alone or needs_prompt(self.methods[m])):
+                open_groups[m] = out[-1]
+        return out
+
     def encode(self, text: str) -> Any:
         """A prompt's conditioning."""
         more = {"guidance": float(self.config["guidance"])} if self.config["guidance"] else {}
         clip = self.loaded.clip
         return [[t, {**options, **more}] for t, options in clip.encode_from_tokens_scheduled(clip.tokenize(text))]
 
+    def conditionings(self, texts: Sequence[str]) -> list[tuple[Any, int]]:
+        """Prompts' conditionings with how many are in each: all in one if their shapes allow it, else one by one."""
+        each = [self.encode(text) for text in texts]
+        joined = each[0] if len(each) == 1 else cat(each)
+        return [(c, 1) for c in each] if joined is None else [(joined, len(each))]
+
     @torch.inference_mode()
-    def draw(self, task: Task) -> tuple[bytes, float, int]:
-        """A picture as PNG, its seconds (setting up, sampling and decoding), and the bytes at the most (0 where a device does not tell)."""
-        m, i, s = task
-        method, item, c = self.methods[m], self.items[i], self.config
-        cuda = torch.cuda.is_available()
-        if cuda:
-            torch.cuda.reset_peak_memory_stats()
-        began = time.perf_counter()
-        patched = on_model(method, self.loaded, item)
+    def draw(self, tasks: Sequence[Task]) -> list[Picture]:
+        """Pictures of one method."""
+        method, items = self.methods[tasks[0][0]], [self.items[i] for _, i, _ in tasks]
+        out: list[Picture] = []
+        c = self.config
+        if (own := Detail.of(method, self.loaded, items[0])) is not None:
+            positives: list[tuple[Any, int]] = [(own.positive, 1)]
+        else:
+            positives = self.conditionings([item.text for item in items])
+        negative = self.encode(c["negative"])
+        run = {name: c[name] for name in ("steps", "cfg", "sampler_name", "scheduler")} | {"negative": negative}
+        for positive, count in positives:
+            part = tasks[len(out) : len(out) + count]
+            cuda = torch.cuda.is_available()
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+            began = time.perf_counter()
+            patched = on_model(method, self.loaded, items[len(out)])
+            seeds = [self.seed(i, s) for _, i, s in part]
+            empty = self.empty(patched)
+            if own is not None:
+                samples = own.sample(patched, latent_image={"samples": empty}, denoise=1.0, seed=seeds[0], **run)
+            else:
+                noise = torch.cat([comfy.sample.prepare_noise(empty, seed) for seed in seeds])
+                latent = empty.repeat(count, *[1] * (empty.ndim - 1))
+                samples = comfy.sample.sample(
+                    patched, noise, positive=positive, latent_image=latent, seed=seeds[0], disable_pbar=True, **run
+                )
+            pictures = self.loaded.vae.decode(on_latent(method, self.loaded, items[len(out)], samples))
+            pictures = pictures.reshape(count, -1, *pictures.shape[-3:])[:, :1]
+            seconds = (time.perf_counter() - began) / count
+            memory = torch.cuda.max_memory_allocated() if cuda else 0
+            out += [(png_of(picture), seconds, memory) for picture in pictures]
+        return out
+
+    def empty(self, patched: Any) -> Tensor:
+        """A latent of the run's size."""
         ratio = getattr(self.loaded.vae, "downscale_ratio", 8)
         ratio = ratio if isinstance(ratio, int) else 8
         channels = patched.get_model_object("latent_format").latent_channels
-        empty = torch.zeros(1, channels, self.side[0] // ratio, self.side[1] // ratio)
-        empty = comfy.sample.fix_empty_latent_channels(patched, empty)
-        run = {name: c[name] for name in ("steps", "cfg", "sampler_name", "scheduler")}
-        run |= {"seed": self.seed(i, s), "negative": self.encode(c["negative"])}
-        own = Detail.of(method, self.loaded, item)
-        if own is not None:
-            out = own.sample(patched, latent_image={"samples": empty}, denoise=1.0, **run)
-        else:
-            noise = comfy.sample.prepare_noise(empty, run["seed"])
-            positive = self.encode(item.text)
-            out = comfy.sample.sample(patched, noise, positive=positive, latent_image=empty, disable_pbar=True, **run)
-        picture = self.loaded.vae.decode(on_latent(method, self.loaded, item, out))
-        picture = picture.reshape(-1, *picture.shape[-3:])[:1]
-        seconds = time.perf_counter() - began
-        return png_of(picture), seconds, torch.cuda.max_memory_allocated() if cuda else 0
+        return comfy.sample.fix_empty_latent_channels(patched, torch.zeros(1, channels, *(n // ratio for n in self.side)))
 
-    def evaluate(self, *task: Any) -> list[Drawn]:
-        """A task and what is known of it: ``(method, item, seed, PNG or None, scorers that are wanted)``; in a worker or here."""
-        m, i, s, png, wanted = task
-        picture = None if png else self.draw((m, i, s))
-        seen = tensor_of(png or (picture or (b"",))[0])
-        scores = {j.key: j.values(seen, self.items[i]) for j in self.judges if j.key in wanted}
-        return [Drawn(self.key((m, i, s)), picture, scores)]
+    def evaluate(self, *group: Wanted) -> list[Drawn]:
+        """What is new of a group of `together`; in a worker or here."""
+        tasks = [(m, i, s) for m, i, s, _, _ in group]
+        drawn: list[Any] = [None] if group[0][3] else self.draw(tasks)
+        out = []
+        for (m, i, s, png, wanted), picture in zip(group, drawn, strict=True):
+            seen = tensor_of(png or picture[0])
+            scores = {j.key: j.values(seen, self.items[i]) for j in self.judges if j.key in wanted}
+            out.append(Drawn(self.key((m, i, s)), picture, scores))
+        return out
 
     def left(self, log: Log) -> Iterator[tuple[Any, ...]]:
         """What is still to do: method, item, seed, and the scorers that are wanted."""
@@ -222,6 +273,23 @@ class Bench:
             wanted = [j.key for j in self.judges if log.scores(key, j.key) is None]
             if wanted or not log.has(key):
                 yield (*task, wanted)
+
+
+def cat(conditionings: Sequence[Any]) -> Any:
+    """Conditionings of several prompts as rows of one; None where their shapes do not allow it."""
+    if any(len(c) != 1 or c[0][0].shape != conditionings[0][0][0].shape for c in conditionings):
+        return None
+    first = conditionings[0][0][1]
+    options = dict(first)
+    for name, value in first.items():
+        values = [c[0][1].get(name) for c in conditionings]
+        if isinstance(value, Tensor):
+            if any(not isinstance(v, Tensor) or v.shape != value.shape for v in values):
+                return None
+            options[name] = torch.cat(values)
+        elif any(v != value for v in values):
+            return None
+    return [[torch.cat([c[0][0] for c in conditionings]), options]]
 
 
 def png_of(picture: Tensor) -> bytes:

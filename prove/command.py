@@ -22,7 +22,7 @@ from .log import Log
 from .methods import Loaded
 from .report import html_of, markdown_of, merged, result_of, strip
 
-PART = 64  # tasks that are handed out at once: their stored pictures are in memory
+PART = 64  # tasks that are handed out at once, times the batch: their stored pictures are in memory
 BUILDER = f"{__name__}:bench_of"
 Show = Callable[[int, int, float], None]
 
@@ -67,11 +67,14 @@ def run(
             options = dict(made.config["ray"])
             workers = Cluster(options.pop("address", "auto"), BUILDER, {**made.config, "ray": None}, **options)
         began, every = time.monotonic(), int(made.config["preview"])
+        size = PART * made.config["batch"]
         finished = (
-            rows for start in range(0, len(todo), PART) for rows in _done(made, log, workers, todo[start : start + PART])
+            rows for start in range(0, len(todo), size) for rows in _done(made, log, workers, todo[start : start + size])
         )
-        for count, rows in enumerate(finished, 1):
+        count = 0
+        for rows in finished:
             comfy.model_management.throw_exception_if_processing_interrupted()
+            before, count = count, count + len(rows)
             for one in rows:
                 if one.picture is not None:
                     log.draw(one.key, *one.picture)
@@ -79,7 +82,7 @@ def run(
                     log.judge(one.key, scorer, values)
             if show is not None:
                 show(total - len(todo) + count, total, (time.monotonic() - began) / count * (len(todo) - count))
-            if preview is not None and every and (count % every == 0 or count == len(todo)):
+            if preview is not None and every and (count // every > before // every or count == len(todo)):
                 write_whole("prove", preview, strip(made, log, todo[count - 1]))
     except BaseException:
         log.close()
@@ -92,8 +95,8 @@ def run(
 
 def _done(made: Bench, log: Log, workers: Any, part: list[tuple[Any, ...]]) -> Iterator[list[Drawn]]:
     """Carry out some of what is to do; pictures that only lack scores are taken from the log."""
-    whole = [(m, i, s, log.picture(made.key((m, i, s))), wanted) for m, i, s, wanted in part]
-    yield from (made.evaluate(*task) for task in whole) if workers is None else workers(whole)
+    whole = made.together([(m, i, s, log.picture(made.key((m, i, s))), wanted) for m, i, s, wanted in part])
+    yield from (made.evaluate(*group) for group in whole) if workers is None else workers(whole)
 
 
 def write(place: Path, name: str, result: Mapping[str, Any], gallery: Mapping[str, bytes]) -> list[Path]:

@@ -156,10 +156,19 @@ def given_to(node: type[AttuneNode], settings: Mapping[str, Any], loaded: Loaded
     return out
 
 
+def kinds_of(method: Method) -> set[str]:
+    """What its nodes take."""
+    return {str(entry.get_io_type()) for name, _ in method.nodes for entry in usable()[name].define_schema().inputs}
+
+
 def listens(method: Method) -> bool:
     """Whether a node of it takes a scorer."""
-    kinds = {str(entry.get_io_type()) for name, _ in method.nodes for entry in usable()[name].define_schema().inputs}
-    return "ATTUNE_SCORER" in kinds
+    return "ATTUNE_SCORER" in kinds_of(method)
+
+
+def needs_prompt(method: Method) -> bool:
+    """Whether it is another one for every prompt."""
+    return bool(kinds_of(method) & {"ATTUNE_SCORER", "ATTUNE_WORDS", "CONDITIONING"})
 
 
 def words_of(clip: Any, item: Item, wanted: str) -> Any:

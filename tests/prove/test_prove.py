@@ -85,12 +85,12 @@ def finished(tmp_path_factory):
     drawn, draw = [], bench.Bench.draw
     with pytest.MonkeyPatch.context() as patch:
 
-        def counted(self, task):
+        def counted(self, tasks):
             if len(drawn) == 3:
                 drawn.append(None)
                 raise Killed
-            drawn.append(task)
-            return draw(self, task)
+            drawn.extend(tasks)
+            return draw(self, tasks)
 
         patch.setattr(bench.Bench, "draw", counted)
         with pytest.raises(Killed):
@@ -156,7 +156,7 @@ def test_detail_samples_what_its_node_does_with_other_nodes_before_it(monkeypatc
         "nodes": [{"node": "AttuneSoftPAG", "scale": 3.0}, {k: v for k, v in DETAIL.items() if k != "name"}],
     }
     made = bench.Bench({**CONFIG, "methods": [DETAIL, soft], "seeds": [7]})
-    plain, ours, both = (bench.tensor_of(made.draw((m, 1, 0))[0]) for m in (0, 1, 2))
+    plain, ours, both = (bench.tensor_of(made.draw([(m, 1, 0)])[0][0]) for m in (0, 1, 2))
     base, clip, vae = model.load()
     settings = sampler.Settings(optimize="off")
     with torch.inference_mode():
@@ -169,6 +169,31 @@ def test_detail_samples_what_its_node_does_with_other_nodes_before_it(monkeypatc
         wanted = vae.decode(samples[-1:])
     assert torch.equal(ours, bench.tensor_of(bench.png_of(wanted)))  # prompt 1 at seed 7 has the noise of seed 8
     assert not torch.equal(both, ours) and not torch.equal(plain, ours)
+
+
+def test_a_batch_is_its_pictures_one_by_one(tmp_path):
+    config = {**CONFIG, "suite": {"name": "shapes", "prompts": 3}, "methods": [SOFTPAG, DETAIL], "seeds": [0, 4]}
+    pictures, calls = [], []
+    for size, name in ((1, "one"), (4, "four")):
+        made, log = command.run({**config, "batch": size}, lambda *told: calls.append(told[:2]), log_at=tmp_path / name)
+        assert calls[-1] == (18, 18)
+        pictures.append([bench.tensor_of(log.picture(made.key(task))) for task in made.tasks()])
+        log.close()
+    assert len(calls) == 18 + 6 + 4  # Detail++ one by one, the others as 4 and 2
+    assert all(torch.allclose(a, b, atol=1.5 / 255) for a, b in zip(*pictures, strict=True))
+    with pytest.raises(ValueError, match="batch"):
+        bench.Bench({**config, "batch": 0})
+
+
+def test_prompts_of_different_shapes_are_drawn_one_by_one():
+    def text(length, **more):
+        return [[torch.zeros(1, length, 2), {"pooled_output": torch.zeros(1, 2), **more}]]
+
+    (joined,) = bench.cat([text(3), text(3)])
+    assert joined[0].shape == (2, 3, 2) and joined[1]["pooled_output"].shape == (2, 2)
+    assert bench.cat([text(3), text(4)]) is None and bench.cat([text(3, guidance=1.0), text(3, guidance=2.0)]) is None
+    made = bench.Bench({**CONFIG, "batch": 4, "sampler_name": "euler_ancestral"})  # its noise is drawn for a whole batch
+    assert [len(group) for group in made.together([(m, i, 0, None, []) for i in (0, 1) for m in (0, 1)])] == [1] * 4
 
 
 def test_each_prompt_has_noise_of_its_own_unless_told_otherwise():

@@ -23,7 +23,7 @@ from ..runtime import RunError
 from .shared.records import recorded
 
 CONFIGS = Path(__file__).parent / "configs"
-LOG = "bench"
+LOG, BATCH = "bench", 16
 READER = "reader"
 SHARES = {"objects present": "present", "colours right": "colours", "patterns right": "patterns", "all bound": ALL}
 CHANGES = {"present, against plain": "present", "bound, against plain": ALL}
@@ -57,15 +57,15 @@ def cells(method: str, found: Mapping[tuple[str, str], Any], pairs: Sequence[tup
 
 def rows(result: Mapping[str, Any]) -> list[dict[str, str]]:
     """A table of everything that the reader says of a run."""
-    found, times = report.values_of(result), report.ratios(result)
+    found = report.values_of(result)
     pairs = sorted(found[READER, ALL][PLAIN])
     cfg = f"{result['sampling']['cfg']:g}"
-    return [{"method": m, "cfg": cfg, **cells(m, found, pairs), "time": times[m][0]} for m, _ in result["methods"]]
+    return [{"method": m, "cfg": cfg, **cells(m, found, pairs)} for m, _ in result["methods"]]
 
 
 def judged(name: str, prompts: int | None) -> dict[str, Any]:
     """Draw what is missing of a config, write its report, and return its numbers."""
-    config = {**parse(CONFIGS / f"{name}.json"), "name": f"bench {name}"}
+    config = {**parse(CONFIGS / f"{name}.json"), "name": f"bench {name}", "batch": BATCH}
     if prompts is not None:
         config["suite"] = {**config["suite"], "prompts": prompts}
     last = time.monotonic()
