@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from ..methods import scores as maths
 from ..scoring.folders import digest
 from ..scoring.scorers import Scorer, chunks, managed, ready
-from . import model, world
+from . import checkpoint, model, world
 from .reader import CHUNK, judge, load_reader, read
 from .reader import WEIGHTS as READER_WEIGHTS
 
@@ -152,12 +152,12 @@ class Eye(nn.Module):
 
     def __init__(self) -> None:
         super().__init__()
-        whole = model.autoencoder()
+        whole = model.ARCHITECTURE.autoencoder()
         whole.load_state_dict(model.stored()["autoencoder"])
         self.encoder, self.quant_conv = whole.encoder, whole.quant_conv
 
     def forward(self, images: Tensor) -> Tensor:
-        return self.quant_conv(self.encoder(images * 2 - 1))[:, :4] * model.LATENT_SCALE
+        return self.quant_conv(self.encoder(images * 2 - 1))[:, :4] * checkpoint.LATENT_SCALE
 
 
 # --- as scorers -----------------------------------------------------------------------------------------------------

@@ -32,9 +32,9 @@ class Gone(RuntimeError):
 
 @cache
 def _demo() -> dict[str, Any]:
-    from ..demo import model
+    from ..demo import checkpoint, model
 
-    return of_config(model.Shapes, model.UNET_CONFIG, "Demo model")
+    return of_config(checkpoint.Small, model.ARCHITECTURE.unet_config, "Demo model")
 
 
 def _value(body: Mapping[str, Any], name: str, kind: type, default: Any = None) -> Any:

@@ -1,81 +1,28 @@
-"""The bundled "stickers" model as real ComfyUI objects: UNetModel, SD1-style CLIP-L and AutoencoderKL, only smaller.
+"""The bundled "stickers" model as real ComfyUI objects, trained on pictures of 256×256; its weights are a file each part.
 
-`load` gives what Load Checkpoint gives for an SD1.5 file: a ModelPatcher, a CLIP and a VAE. `unet`, `text_tower` and
-`autoencoder` build the bare modules for training.
+`load` gives what Load Checkpoint gives for an SD1.5 file: a ModelPatcher, a CLIP and a VAE.
 """
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any, ClassVar
 
-import comfy.latent_formats
-import comfy.model_management
 import comfy.model_patcher
-import comfy.ops
 import comfy.sd
-import comfy.sd1_clip
-import comfy.supported_models
-import comfy.supported_models_base
-import comfy.utils
-import folder_paths
 import torch
-from comfy.clip_model import CLIPTextModel
-from comfy.ldm.models.autoencoder import AutoencoderKL
-from comfy.ldm.modules.diffusionmodules.openaimodel import UNetModel
 from safetensors import safe_open
+from torch import Tensor
+
+from .. import checkpoint
 
 WEIGHTS = Path(__file__).parent / "weights"
 PARTS = ("denoiser", "text", "autoencoder")  # a file each
-TOKEN_ROWS = "text_model.embeddings.token_embedding.weight"
-
-TEXT_CONFIG: dict[str, Any] = {
-    "architectures": ["CLIPTextModel"],
-    "hidden_act": "quick_gelu",
-    "hidden_size": 128,
-    "intermediate_size": 512,
-    "num_attention_heads": 4,
-    "num_hidden_layers": 3,
-    "projection_dim": 128,
-    "max_position_embeddings": 77,
-    "vocab_size": 49408,
-    "eos_token_id": 49407,
-    "layer_norm_eps": 1e-5,
-}
-
-UNET_CONFIG: dict[str, Any] = {
-    "image_size": 32,
-    "in_channels": 4,
-    "out_channels": 4,
-    "model_channels": 64,
-    "channel_mult": [1, 2, 3],
-    "num_res_blocks": [1, 1, 1],
-    "num_heads": 4,
-    "num_head_channels": -1,
-    "use_spatial_transformer": True,
-    "transformer_depth": [1, 1, 1],
-    "transformer_depth_middle": 1,
-    "transformer_depth_output": [1, 1, 1, 1, 1, 1],
-    "context_dim": TEXT_CONFIG["hidden_size"],
-    "use_linear_in_transformer": False,
-    "legacy": False,
-}
-
-AUTOENCODER_CONFIG: dict[str, Any] = {
-    "double_z": True,
-    "z_channels": 4,
-    "resolution": 256,
-    "in_channels": 3,
-    "out_ch": 3,
-    "ch": 32,
-    "ch_mult": [1, 1, 2, 4],
-    "num_res_blocks": 1,
-    "attn_resolutions": [],
-    "dropout": 0.0,
-}
+ARCHITECTURE = checkpoint.Architecture(
+    pixels=256, latents=32, levels=(1, 2, 3), blocks=(1, 1, 1), autoencoder_levels=(1, 1, 2, 4)
+)
 
 
-def noise_levels() -> torch.Tensor:
+def noise_levels() -> Tensor:
     """σ of the 1,000 training steps, ``float32 [1000]``: SD1.5's, halved for latents half as wide, but for the largest.
 
     The same σ destroys far more of a thing that is small in latent pixels; only the largest level, which has to hide the
@@ -88,54 +35,10 @@ def noise_levels() -> torch.Tensor:
     return (((1 - kept) / kept).sqrt() * 0.5 ** (1 - ramp)).float()
 
 
-def unet() -> UNetModel:
-    """The bare denoiser, weights not initialised."""
-    return UNetModel(**UNET_CONFIG, dtype=torch.float32, device=None, operations=comfy.ops.disable_weight_init)
-
-
-def text_tower() -> CLIPTextModel:
-    """The bare text encoder, weights not initialised."""
-    return CLIPTextModel(TEXT_CONFIG, torch.float32, None, comfy.ops.disable_weight_init)
-
-
-def autoencoder() -> AutoencoderKL:
-    """The bare autoencoder, weights not initialised."""
-    return AutoencoderKL(ddconfig=AUTOENCODER_CONFIG, embed_dim=4)
-
-
-class LatentFormat(comfy.latent_formats.SD15):
-    """SD1.5's latents, with our own colours for previews."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.taesd_decoder_name = None
-
-
-class Stickers(comfy.supported_models.SD15):
-    """SD1.5 with smaller numbers."""
-
-    unet_config = UNET_CONFIG
-    unet_extra_config: ClassVar = {"num_heads": UNET_CONFIG["num_heads"], "num_head_channels": -1}
-    latent_format = LatentFormat
-
-
-def stored(part: str) -> dict[str, torch.Tensor]:
-    """The shipped weights of one of `PARTS`, in float32.
-
-    Raises:
-        FileNotFoundError: when the weights are missing from the pack's folder.
-    """
-    path = WEIGHTS / f"{part}.safetensors"
-    if not path.is_file():
-        raise FileNotFoundError(f"the demo model's weights are missing ({path}); install the pack again, they come with it")
-    weights = comfy.utils.load_torch_file(str(path), safe_load=True)
-    if part == "text":
-        # Only the token rows of the world's own words are stored; every other word of CLIP's vocabulary means their average.
-        numbers, rows = weights.pop("token_numbers").long(), weights.pop("token_rows").float()
-        table = rows.mean(0, keepdim=True).repeat(TEXT_CONFIG["vocab_size"], 1)
-        table[numbers] = rows
-        weights[TOKEN_ROWS] = table
-    return {name: tensor.float() for name, tensor in weights.items()}
+def stored(part: str) -> dict[str, Tensor]:
+    """The shipped weights of one of `PARTS`, in float32; `FileNotFoundError` when they are missing from the pack's folder."""
+    weights = checkpoint.read(WEIGHTS / f"{part}.safetensors")
+    return checkpoint.whole_table(weights) if part == "text" else weights
 
 
 def metadata(part: str) -> dict[str, str]:
@@ -148,33 +51,5 @@ def load() -> tuple[comfy.model_patcher.ModelPatcher, comfy.sd.CLIP, comfy.sd.VA
     """MODEL, CLIP and VAE of the bundled model; errors as in `stored`."""
     weights = stored("autoencoder")
     preview = weights.pop("preview_factors")
-    return _model(stored("denoiser"), preview), clip(stored("text")), vae(weights)
-
-
-def _model(weights: dict[str, torch.Tensor], preview: torch.Tensor) -> comfy.model_patcher.ModelPatcher:
-    config = Stickers(UNET_CONFIG)
-    device = comfy.model_management.get_torch_device()
-    count = sum(t.numel() for t in weights.values())
-    dtype = comfy.model_management.unet_dtype(model_params=count, supported_dtypes=config.supported_inference_dtypes)
-    config.set_inference_dtype(dtype, comfy.model_management.unet_manual_cast(dtype, device, config.supported_inference_dtypes))
-    offload = comfy.model_management.unet_offload_device()
-    model = config.get_model(weights, "", device=offload)
-    model.model_sampling.set_sigmas(noise_levels())
-    model.load_model_weights(dict(weights), "")
-    model.latent_format.latent_rgb_factors = preview[:4].tolist()
-    model.latent_format.latent_rgb_factors_bias = preview[4].tolist()
-    return comfy.model_patcher.ModelPatcher(model, load_device=device, offload_device=offload)
-
-
-def clip(weights: dict[str, torch.Tensor]) -> comfy.sd.CLIP:
-    """The text encoder with CLIP's own tokenizer."""
-    target = comfy.supported_models_base.ClipTarget(comfy.sd1_clip.SD1Tokenizer, comfy.sd1_clip.SD1ClipModel)
-    folders = folder_paths.get_folder_paths("embeddings")
-    found = comfy.sd.CLIP(target, embedding_directory=folders, model_options={"clip_l_model_config": TEXT_CONFIG})
-    found.load_sd({**weights})
-    return found
-
-
-def vae(weights: dict[str, torch.Tensor]) -> comfy.sd.VAE:
-    """The autoencoder."""
-    return comfy.sd.VAE(sd=weights, config={"params": {"ddconfig": AUTOENCODER_CONFIG, "embed_dim": 4}})
+    model = ARCHITECTURE.model(stored("denoiser"), preview, noise_levels())
+    return model, checkpoint.clip(stored("text")), ARCHITECTURE.vae(weights)

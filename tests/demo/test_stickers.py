@@ -255,4 +255,4 @@ def test_noise_levels_are_halved_but_for_the_largest():
 
 
 def test_the_denoiser_is_small():
-    assert sum(p.numel() for p in model.unet().parameters()) <= 12e6
+    assert sum(p.numel() for p in model.ARCHITECTURE.unet().parameters()) <= 12e6

@@ -14,14 +14,14 @@ import torch
 from comfy.ldm.models.autoencoder import AutoencoderKL
 from torch import Tensor
 
+from ...demo import checkpoint
 from ...demo import model as demo
 from ...demo.scorer import scorer
 from ...nodes import AttuneAttentionMaps, AttuneDecompose, AttuneEncodeBranches, AttuneHeads, AttuneWords
 from ...tests import families
 
-WIDTH = demo.TEXT_CONFIG[
-    "hidden_size"
-]  # of text tokens and of the pooled text, so that the demo model's CLIP goes with every model
+# Of text tokens and of the pooled text, so that the demo model's CLIP goes with every model.
+WIDTH = checkpoint.TEXT["hidden_size"]
 CHANGES: dict[str, dict[str, Any]] = {
     "sd15": {"context_dim": WIDTH},
     "sdxl": {"context_dim": WIDTH, "adm_in_channels": WIDTH + 6 * 256},
@@ -64,7 +64,7 @@ def clip() -> comfy.sd.CLIP:
 @cache
 def vae(family: str) -> comfy.sd.VAE:
     """A small random VAE for the family's latents."""
-    numbers = {**demo.AUTOENCODER_CONFIG, "z_channels": channels(family), "ch_mult": [1, 1, 1, 1]}
+    numbers = {**demo.ARCHITECTURE.autoencoder_config, "z_channels": channels(family), "ch_mult": [1, 1, 1, 1]}
     config = {"params": {"ddconfig": numbers, "embed_dim": channels(family)}}
     weights = AutoencoderKL(ddconfig=numbers, embed_dim=channels(family))
     families.initialise(weights)

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ...demo import world
-from ...demo.model import LATENT_SCALE
+from ...demo.checkpoint import LATENT_SCALE
 from .stage import CHECKPOINTS
 
 

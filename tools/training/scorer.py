@@ -326,7 +326,7 @@ def store(encoder: DualEncoder, path: Path, command: str) -> None:
 
 def train_and_store(pool: int, minutes: float, command: str) -> None:
     """Train the scorer on latents of the shipped autoencoder, and write its file."""
-    autoencoder = model.autoencoder().eval()
+    autoencoder = model.ARCHITECTURE.autoencoder().eval()
     autoencoder.load_state_dict(model.stored()["autoencoder"])
     pools = [make_pool(autoencoder, pool), make_pool(autoencoder, pool // 8, "tune")]
     latents, scenes = torch.cat([p[0] for p in pools]), [s for p in pools for s in p[1]]

@@ -15,8 +15,8 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ...demo import model, world
-from ...demo.model import LATENT_SCALE
+from ...demo import checkpoint, model, world
+from ...demo.checkpoint import LATENT_SCALE
 from .layouts import LayoutReading
 from .pool import make_pool, pictures, take
 from .scorer import train_and_store
@@ -28,7 +28,7 @@ from .text import Words, encode
 
 def train_autoencoder(minutes: float) -> nn.Module:
     """Pictures to 4-channel latents at an eighth of the size, and back."""
-    autoencoder = model.autoencoder()
+    autoencoder = model.ARCHITECTURE.autoencoder()
     initialise(autoencoder, 1)
     stage = Stage("autoencoder", {"autoencoder": autoencoder.to(memory_format=torch.channels_last)}, minutes, 1.5e-3)
     source, rng = world.scenes("train", 10 + stage.step), np.random.default_rng(stage.step)
@@ -92,7 +92,7 @@ class PictureTower(nn.Module):
 
 def train_text(latents: Tensor, scenes: list[world.Scene], minutes: float, words: Words) -> nn.Module:
     """Contrastive: a caption finds its own picture in a batch, and the other way round."""
-    tower = model.text_tower()
+    tower = checkpoint.text_tower()
     initialise(tower, 2)
     torch.manual_seed(2)
     picture = PictureTower().to(memory_format=torch.channels_last)
@@ -136,7 +136,7 @@ def train_denoiser(
     start: dict[str, Tensor] | None = None,
 ) -> nn.Module:
     """Noise prediction on SD's schedule, min-SNR-5 weights, a tenth of the captions dropped for guidance; with `LayoutReading`."""
-    unet = model.unet()
+    unet = model.ARCHITECTURE.unet()
     initialise(unet, 3)
     with torch.no_grad():  # residual branches start as nothing
         for name, parameter in unet.named_parameters():
@@ -208,8 +208,8 @@ def export(autoencoder: nn.Module, text: nn.Module, denoiser: nn.Module, words: 
     numbers = sorted({words.START, words.END, *(n for ids in words.known.values() for n in ids)})
     parts = {f"denoiser.{k}": v for k, v in denoiser.state_dict().items()}
     parts |= {f"autoencoder.{k}": v for k, v in autoencoder.state_dict().items()}
-    parts |= {f"text.{k}": v for k, v in text.state_dict().items() if k != model.TOKEN_ROWS}
-    parts["text.token_rows"] = text.state_dict()[model.TOKEN_ROWS][numbers]
+    parts |= {f"text.{k}": v for k, v in text.state_dict().items() if k != checkpoint.TOKEN_ROWS}
+    parts["text.token_rows"] = text.state_dict()[checkpoint.TOKEN_ROWS][numbers]
     parts["preview.factors"] = preview_factors(autoencoder, world.scenes("train", 5))
     tensors = {k: v.half().contiguous() for k, v in parts.items()} | {
         "text.token_numbers": torch.tensor(numbers, dtype=torch.int32)
@@ -244,9 +244,9 @@ def main(argv: list[str]) -> int:
     words = Words()
     if args.go_on:
         shipped = model.stored()
-        autoencoder: nn.Module = model.autoencoder().eval()
+        autoencoder: nn.Module = model.ARCHITECTURE.autoencoder().eval()
         autoencoder.load_state_dict(shipped["autoencoder"])
-        text: nn.Module = model.text_tower().eval()
+        text: nn.Module = checkpoint.text_tower().eval()
         text.load_state_dict(shipped["text"])
         latents, scenes = make_pool(autoencoder, args.pool)
     else:

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from ....demo.model import LATENT_SCALE
+from ....demo.checkpoint import LATENT_SCALE
 from ....demo.stickers import model, reader, world
 from ..stage import DEVICE, Stage, initialise, mixed
 from . import dataset
@@ -56,7 +56,7 @@ def crops(rng: np.random.Generator, shards: list, number: int, side: int) -> np.
 
 def train(minutes: float, batch: int) -> nn.Module:
     """Crops first, which are quick; whole pictures at the end, because group norms see the whole picture."""
-    net: Any = model.autoencoder()
+    net: Any = model.ARCHITECTURE.autoencoder()
     initialise(net, 1)
     stage = Stage(
         "stickers_autoencoder", {"autoencoder": net.to(memory_format=torch.channels_last)}, minutes, 1.5e-3, device=DEVICE
@@ -167,7 +167,7 @@ def shipped() -> nn.Module:
     """The autoencoder as it ships."""
     weights = model.stored("autoencoder")
     del weights["preview_factors"]
-    net = model.autoencoder().eval().requires_grad_(False)
+    net = model.ARCHITECTURE.autoencoder().eval().requires_grad_(False)
     net.load_state_dict(weights)
     return net.to(DEVICE, memory_format=torch.channels_last)
 

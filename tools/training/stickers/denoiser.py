@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from ....demo import checkpoint
 from ....demo.stickers import model, world
 from ..stage import DEVICE, Stage, initialise, mixed, plain_attention
 from ..text import Words
@@ -88,7 +89,7 @@ class Pool:
 
 def text_encoder() -> nn.Module:
     """The text encoder as it ships."""
-    tower = model.text_tower().eval().requires_grad_(False)
+    tower = checkpoint.text_tower().eval().requires_grad_(False)
     tower.load_state_dict(model.stored("text"))
     return tower
 
@@ -96,7 +97,7 @@ def text_encoder() -> nn.Module:
 def train(minutes: float, words: Words, batch: int) -> tuple[nn.Module, dict[str, float]]:
     """Noise prediction, min-SNR-5 weights, a tenth of the captions dropped; goes on from checkpoint or stored weights."""
     pool = Pool()  # it forks: before the GPU is used
-    unet = model.unet()
+    unet = model.ARCHITECTURE.unet()
     initialise(unet, 3)
     with torch.no_grad():  # residual branches start as nothing
         for name, parameter in unet.named_parameters():
@@ -106,7 +107,7 @@ def train(minutes: float, words: Words, batch: int) -> tuple[nn.Module, dict[str
         unet.load_state_dict({name: weight.float() for name, weight in load_file(WEIGHTS).items()})
     unet = unet.to(DEVICE, memory_format=torch.channels_last)
     torch.manual_seed(3)
-    channels = model.UNET_CONFIG["model_channels"]
+    channels = model.ARCHITECTURE.unet_config["model_channels"]
     reading = Reading(channels * 3, channels * 2)
     stage = Stage("stickers_denoiser", {"denoiser": unet, "reading": reading}, minutes, 1e-3, decay=0.9995, device=DEVICE)
     text, nothing = text_encoder().to(DEVICE), np.array(words.ids(""), np.uint16)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
+from ....demo import checkpoint
 from ....demo.stickers import model, world
 from ..stage import DEVICE, Stage, initialise, mixed
 from ..text import Words, encode
@@ -59,7 +60,7 @@ def shortened(tokens: Tensor) -> Tensor:
 
 def train(minutes: float, words: Words) -> tuple[nn.Module, nn.Module]:
     """Contrastive: a caption finds its own picture in a random batch, and the other way round."""
-    tower, picture = model.text_tower(), PictureTower().to(memory_format=torch.channels_last)
+    tower, picture = checkpoint.text_tower(), PictureTower().to(memory_format=torch.channels_last)
     initialise(tower, 2)
     torch.manual_seed(2)
     say, see = torch.compile(encode, dynamic=False), torch.compile(picture, dynamic=False)
@@ -136,8 +137,11 @@ def vocabulary(words: Words) -> list[int]:
 def export(tower: nn.Module, words: Words, command: str, found: str) -> None:
     """Write the weights as fp16 safetensors; of the token table only the rows that the grammar can say."""
     numbers, state = vocabulary(words), tower.state_dict()
-    parts = {k: v.half().contiguous() for k, v in state.items() if k != model.TOKEN_ROWS}
-    parts |= {"token_rows": state[model.TOKEN_ROWS][numbers].half(), "token_numbers": torch.tensor(numbers, dtype=torch.int32)}
+    parts = {k: v.half().contiguous() for k, v in state.items() if k != checkpoint.TOKEN_ROWS}
+    parts |= {
+        "token_rows": state[checkpoint.TOKEN_ROWS][numbers].half(),
+        "token_numbers": torch.tensor(numbers, dtype=torch.int32),
+    }
     save_file(parts, WEIGHTS, metadata={"data_version": world.DATA_VERSION, "command": command, "bag_of_words": found})
     print(f"saved {WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.1f} MB", flush=True)
 
