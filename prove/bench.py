@@ -26,9 +26,10 @@ from ..patches.detail import sampler as detail
 from ..patches.hook.install import model_sites
 from ..patches.samplers import NONE, NORMAL, SAMPLERS, SamplerNeeds
 from ..scoring.folders import digest
-from .judges import Judge, Metric, judges
+from .judge import Between, Judge, OfMany
+from .judges import Metric, judges
 from .log import Log, key_of
-from .methods import Detail, Loaded, Method, listens, methods_of, needs_prompt, on_latent, on_model
+from .methods import Detail, Loaded, Method, listens, methods_of, named_heads, needs_prompt, on_latent, on_model
 from .suites import Item, items
 
 VERSION = 1  # of what a picture's key means
@@ -128,9 +129,11 @@ class Bench:
         self.items: list[Item] = items(self.config["suite"])
         self.methods: list[Method] = methods_of(self.config["methods"])
         names = self.config["scorers"] or (["demo: bound"] if self.config["model"] == DEMO else [])
-        self.judges: list[Judge]
-        self.judges, self.missing = judges(names)
-        if not self.judges:
+        every, self.missing = judges(names)
+        self.judges = [j for j in every if isinstance(j, Judge)]
+        self.between = [j for j in every if isinstance(j, Between)]
+        self.of_many = [j for j in every if isinstance(j, OfMany)]
+        if not every:
             raise ValueError(f"prove: there is no scorer left. {' '.join(self.missing) or 'Name at least one in scorers.'}")
         try:
             self.loaded = Loaded(*load_model(self.config)) if loaded is None else loaded
@@ -143,6 +146,7 @@ class Bench:
         self.family = model_sites(self.loaded.model)[0]
         default = 128 if self.config["model"] == DEMO else 1024
         self.side = (self.config["height"] or default, self.config["width"] or default)
+        self.heads = {m.name: text for m in self.methods if (text := named_heads(m, self.loaded.model))}
         self.model_key = identity or digest(files_of(self.config["model"], self.config["loras"]))
         for method in self.methods:
             try:
@@ -180,6 +184,8 @@ class Bench:
             "nodes": [[name, dict(settings)] for name, settings in self.methods[m].nodes],
             "scorer": listening,
         }
+        if (heads := self.heads.get(self.methods[m].name)) is not None:
+            what["heads"] = heads
         return key_of(what)
 
     def together(self, part: Sequence[Wanted]) -> list[list[Wanted]]:

@@ -11,12 +11,14 @@ from typing import Any
 
 import comfy.utils
 
+from ..hunt.head_files import load
 from ..language.phrases import fusable
 from ..language.words import prompt_words
 from ..nodes import Attune
 from ..nodes.base import AttuneNode, check
+from ..patches.head_presets import preset_heads
 from ..patches.hook.install import model_sites
-from ..patches.hook.sites import select
+from ..patches.hook.sites import Heads, select
 from .suites import Item
 
 PLAIN = "plain"
@@ -34,6 +36,7 @@ OF_RUN = (
     "denoise",
     "text",
 )
+FILE, PRESET = "file", "preset"  # what a method's heads are, beside a selection
 NOUNS, PHRASES = "nouns", "phrases"  # what a method's words are, beside texts of the user's
 
 
@@ -146,14 +149,37 @@ def given_to(node: type[AttuneNode], settings: Mapping[str, Any], loaded: Loaded
                 out[entry.id] = words_of(loaded.clip, item, str(value or NOUNS))
         elif kind == "ATTUNE_HEADS":
             if value is not None:
-                family, sites = model_sites(loaded.model)
-                out[entry.id] = select(str(value), sites, family)
+                out[entry.id] = heads_of(loaded.model, str(value))
         elif entry.id in settings:
             out[entry.id] = value
         elif getattr(entry, "default", None) is not None:
             out[entry.id] = entry.default
     check(schema, {name: value for name, value in out.items() if name not in ("samples", "latent")})
     return out
+
+
+def heads_of(model: Any, value: str) -> Heads:
+    """A selection as in Select Heads, ``preset: NAME`` of that node, or ``file: NAME`` as in Load Heads.
+
+    Raises:
+        ValueError: for heads that the model does not have, or a preset or a file that there is not.
+    """
+    family, sites = model_sites(model)
+    kind, _, name = (part.strip() for part in value.partition(":"))
+    if kind == FILE:
+        return load(name, sites, family)
+    return preset_heads(name, sites, family) if kind == PRESET else select(value, sites, family)
+
+
+def named_heads(method: Method, model: Any) -> str:
+    """The heads behind presets and files, which may change while their names stay; empty without any."""
+    values = [str(v) for node, x in method.nodes for k, v in x.items() if k in head_inputs(node) and v is not None]
+    return "; ".join(heads_of(model, v).text for v in values if v.partition(":")[0].strip() in (FILE, PRESET))
+
+
+def head_inputs(node: str) -> list[str]:
+    """A node's inputs for heads."""
+    return [entry.id for entry in usable()[node].define_schema().inputs if str(entry.get_io_type()) == "ATTUNE_HEADS"]
 
 
 def kinds_of(method: Method) -> set[str]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import base64
+import functools
 import html
 import io
 import math
 import platform
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +16,7 @@ from PIL import Image
 
 from ..hunt.head_files import pack_version
 from .bench import Bench, tensor_of
-from .judges import ALL
+from .judge import ALL
 from .log import Log, key_of
 from .methods import PLAIN
 from .statistics import interval, paired
@@ -59,6 +60,10 @@ def result_of(made: Bench, log: Log) -> tuple[dict[str, Any], dict[str, bytes]]:
             both = log.picture(made.key((0, i, s))), log.picture(key)
             if both[0] and both[1]:
                 rows.append([method, i, seed, CHANGE, ALL, _apart(both[0], both[1])])
+                pair = tensor_of(both[0]), tensor_of(both[1])
+                for one in made.between:
+                    value = _once(log, key, f"{one.key} {made.key((0, i, s))}", functools.partial(one.apart, *pair))
+                    rows.append([method, i, seed, one.name, ALL, value])
     suite = [[item.text, item.group] for item in made.items]
     result = {
         "attune prove": FORMAT,
@@ -72,7 +77,9 @@ def result_of(made: Bench, log: Log) -> tuple[dict[str, Any], dict[str, bytes]]:
         "prompts": suite,
         "seeds": made.config["seeds"],
         "methods": [[m.name, [[n, dict(x)] for n, x in m.nodes]] for m in made.methods],
-        "scorers": [[j.name, j.key, j.share] for j in made.judges],
+        "heads": made.heads,
+        "scorers": [*([j.name, j.key, j.share] for j in made.judges), *([j.name, j.key, False] for j in made.between)],
+        "sets": _sets(made, log),
         "skipped": made.missing,
         "costs": costs,
         "rows": rows,
@@ -84,6 +91,27 @@ def result_of(made: Bench, log: Log) -> tuple[dict[str, Any], dict[str, bytes]]:
         if png is not None:
             gallery[f"{made.methods[m].name}|{i}|{made.seed(i, s)}"] = _small(png)
     return result, gallery
+
+
+def _once(log: Log, key: str, scorer: str, value: Callable[[], float]) -> float:
+    """A number of pictures that are all there, from the log where it is known."""
+    if (known := log.scores(key, scorer)) is None:
+        known = {ALL: value()}
+        log.judge(key, scorer, known)
+    return known[ALL]
+
+
+def _sets(made: Bench, log: Log) -> list[list[Any]]:
+    """Scorers of many pictures: ``[scorer, method, pictures, value]``."""
+    out = []
+    for one in made.of_many:
+        for m, method in enumerate(made.methods):
+            keys = [key for key in (made.key(task) for task in made.tasks() if task[0] == m) if log.has(key)]
+            if len(keys) > 1:
+                pictures = (tensor_of(log.picture(key) or b"") for key in keys)
+                value = _once(log, key_of(keys), one.key, functools.partial(one.of, pictures))
+                out.append([one.name, method.name, len(keys), value])
+    return out
 
 
 def _shown(made: Bench, result: Mapping[str, Any]) -> set[tuple[int, int, int]]:
@@ -108,7 +136,7 @@ def values_of(result: Mapping[str, Any]) -> dict[tuple[str, str], dict[str, dict
 
 def extremes(result: Mapping[str, Any], method: str) -> list[tuple[int, int, float]]:
     """``(item, seed, difference to plain)`` of the largest gains and losses by the first scorer's whole."""
-    first = result["scorers"][0][0]
+    first = next((name for name, *_ in result["scorers"]), CHANGE)
     found = values_of(result).get((first, ALL), {})
     plain, own = found.get(PLAIN, {}), found.get(method, {})
     changes = sorted(((*pair, own[pair] - plain[pair]) for pair in own if pair in plain), key=lambda c: (-c[2], c[:2]))
@@ -169,6 +197,15 @@ def tables(result: Mapping[str, Any]) -> list[tuple[str, list[list[str]]]]:
             title = f"{scorer}, {part}" + (f", {group}" if group else "")
             if rows:
                 out.append((title, rows))
+    for name in dict.fromkeys(row[0] for row in result.get("sets", ())):
+        values = {method: (number, value) for scorer, method, number, value in result["sets"] if scorer == name}
+        rows = []
+        for method in order:
+            if method in values:
+                number, value = values[method]
+                change = f"{value - values[PLAIN][1]:+.4f}" if method != PLAIN and PLAIN in values else ""
+                rows.append([method, str(number), f"{value:.4f}", change, "", *cost.get(method, ("", ""))])
+        out.append((f"{name}, of all pictures together (lower is nearer; no interval)", rows))
     return out
 
 
@@ -197,6 +234,7 @@ def _about(result: Mapping[str, Any]) -> list[str]:
         f"prompts, seeds {result['seeds']}; {sampling}.",
         f"Attune {result['pack']} on {result['machine']}.",
         *(f"{name}: {', '.join(f'{n} {x}' for n, x in nodes) or 'the model as it is'}." for name, nodes in result["methods"]),
+        *(f"The heads of {name}: {text}." for name, text in result.get("heads", {}).items()),
         *(f"{name} is {key}." for name, key, _ in result["scorers"]),
         *result["skipped"],
     ]
@@ -279,6 +317,10 @@ def merged(results: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
                     raise ValueError(
                         f"prove: “{name}” has other settings in another of these results; rename it in one of the configs."
                     )
+            held.setdefault("sets", [])
+            if held["rows"] and held["sets"]:
+                held["sets"] = []
+                held["skipped"] = [*held["skipped"], "Scores of all pictures together cannot be joined and are left out."]
             for part in ("methods", "scorers", "seeds", "skipped"):
                 held[part] = held[part] + [x for x in one[part] if x not in held[part]]
             for part, size in (("rows", 5), ("costs", 3)):

@@ -17,11 +17,13 @@ from ..language.grammar.reading import read
 from ..language.writing import article
 
 SMOKE = 4  # prompts of a suite in small
-# The grammar and the word lists of Attend-and-Excite (arXiv 2301.13826, appendix B; code under MIT): words, not its code.
+# The grammar and the words of Attend-and-Excite (arXiv 2301.13826; its code is under MIT), as its list of prompts has them: “a” before every
+# noun, and no colours for what an animal wears.
 ANIMALS = ("cat", "dog", "bird", "bear", "lion", "horse", "elephant", "monkey", "frog", "turtle", "rabbit", "mouse")
 OBJECTS = (
     "backpack", "glasses", "crown", "suitcase", "chair", "balloon", "bow", "car", "bowl", "bench", "clock", "apple",
 )  # fmt: skip
+WORN = ("glasses", "crown", "bow")
 COLOURS = ("red", "orange", "yellow", "green", "blue", "purple", "pink", "brown", "gray", "black", "white")
 NUMBERS = ("one", "two", "three", "four")
 PLACES = ("left of", "right of", "above", "below")
@@ -68,18 +70,23 @@ def _shapes(options: Mapping[str, Any]) -> list[Item]:
 
 
 def _two_objects(options: Mapping[str, Any]) -> list[Item]:
-    """Attend-and-Excite's three kinds: 66 of two animals, 144 of an animal and a coloured object, 66 of two coloured objects."""
+    """Attend-and-Excite's three kinds: 66 of two animals, 144 of an animal and an object, 66 of two coloured objects."""
     rng = random.Random(int(options.get("draw", 0)))
 
-    def pair(first: Thing, second: Thing, group: str) -> Item:
-        return Item(f"{first.phrase} and {second.phrase}", (first, second), group)
+    def thing(noun: str, colour: str = "") -> Thing:
+        return Thing(noun, " ".join(filter(None, ("a", colour, noun))), (colour,) if colour else ())
 
-    animals = [pair(_thing(a), _thing(b), "animals") for a, b in itertools.combinations(ANIMALS, 2)]
-    mixed = [pair(_thing(a), _thing(o, rng.choice(COLOURS)), "animal-object") for a in ANIMALS for o in OBJECTS]
+    def pair(first: Thing, second: Thing, group: str, link: str = "and") -> Item:
+        return Item(f"{first.phrase} {link} {second.phrase}", (first, second), group)
+
+    animals = [pair(thing(a), thing(b), "animals") for a, b in itertools.combinations(ANIMALS, 2)]
+    mixed = []
+    for a, o in itertools.product(ANIMALS, OBJECTS):
+        second = thing(o) if o in WORN else thing(o, rng.choice(COLOURS))
+        mixed.append(pair(thing(a), second, "animal-object", "with" if o in WORN else "and"))
     objects = []
     for a, b in itertools.combinations(OBJECTS, 2):
-        first, second = rng.sample(COLOURS, 2)
-        objects.append(pair(_thing(a, first), _thing(b, second), "objects"))
+        objects.append(pair(thing(a, rng.choice(COLOURS)), thing(b, rng.choice(COLOURS)), "objects"))
     return _mixed([animals, mixed, objects])
 
 
@@ -135,7 +142,8 @@ def described(text: str, group: str = "") -> Item:
     for noun in found.nouns:
         head = " ".join(found.units[i].text for i in noun.name)
         details = tuple(" ".join(found.units[i].text for i in m) for m in noun.modifiers)
-        things.append(Thing(head, " ".join([*details, head]), details))
+        phrase = " ".join([*details, head])
+        things.append(Thing(head, f"{article(phrase)} {phrase}", details))
     return Item(text, tuple(things), group)
 
 

@@ -184,7 +184,7 @@ class PreferenceScorer(ClipScorer):
     def __init__(self, name: str):
         super().__init__(name)
         self.name = f"preference: {name}"
-        self.head = _head(self.path)
+        self.head = head_of(self.path, self.who)
         config = self.patcher.model.network.config
         size = getattr(config, "projection_dim", None) or getattr(config.text_config, "projection_size", None)
         if self.head is not None and size:
@@ -195,7 +195,12 @@ class PreferenceScorer(ClipScorer):
         return preference(seen, said, self.scale) if self.head is None else self.head.rewards(seen, said)
 
 
-def _head(path: Path) -> Head | None:
+def head_of(path: Path, who: str) -> Head | None:
+    """The ``head.safetensors`` of a model folder, if it has one.
+
+    Raises:
+        ValueError: when it cannot be used.
+    """
     file_path = path / HEAD
     if not file_path.is_file():
         return None
@@ -205,4 +210,4 @@ def _head(path: Path) -> Head | None:
             metadata = file.metadata() or {}
         return Head.of(state, metadata)
     except Exception as error:
-        raise ValueError(f"Preference Scorer: {HEAD} in “{path.name}” cannot be used: {error}") from None
+        raise ValueError(f"{who}: {HEAD} in “{path.name}” cannot be used: {error}") from None

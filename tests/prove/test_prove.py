@@ -7,15 +7,8 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from transformers import (
-    BertTokenizerFast,
-    BlipConfig,
-    BlipForQuestionAnswering,
-    BlipImageProcessor,
-    BlipProcessor,
-)
 
-from attune.prove import bench, command, judges, methods, report, statistics, suites
+from attune.prove import bench, command, judges, methods, pictures, report, statistics, suites
 from attune.prove.log import Log
 from attune.tests import families
 
@@ -40,7 +33,12 @@ def test_every_suite_says_what_each_prompt_asks_for(tmp_path):
     lines.write_text("a red apple and a green bench\tx\n\n", encoding="utf-8")
     (item,) = suites.items({"name": "file", "file": str(lines)})
     assert item.text == "a red apple and a green bench"
-    assert [(t.noun, t.phrase) for t in item.things] == [("apple", "red apple"), ("bench", "green bench")]
+    assert [(t.noun, t.phrase) for t in item.things] == [("apple", "a red apple"), ("bench", "a green bench")]
+    pairs = suites.items({"name": "two_objects"})  # as in the paper's own list
+    assert [sum(item.group == g for item in pairs) for g in ("animals", "animal-object", "objects")] == [66, 144, 66]
+    texts = {item.text for item in pairs}
+    assert {"a cat and a dog", "a lion with a crown", "a elephant and a rabbit"} <= texts
+    assert all(item.things[1].details for item in pairs if item.group == "objects")
     notes = tmp_path / "captions.json"
     notes.write_text(json.dumps({"annotations": [{"id": i, "image_id": i // 2, "caption": f"{i} "} for i in range(4)]}))
     assert [item.text for item in suites.items({"name": "coco", "file": str(notes)})] == ["0", "2"]
@@ -244,151 +242,45 @@ def test_every_family_is_drawn_and_judged(name, tmp_path):
     assert {row[0] for row in result["rows"]} == {"plain", "SoftPAG"} and pictures[0] != pictures[1]
 
 
-# --- scorers with small random weights --------------------------------------------------------------------------------
-
-SIZES = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-VOCABULARY = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "yes", "no", "a", "red", "circle", "star", "?", "photo", "of")
-
-
-@pytest.fixture
-def folders(tmp_path, monkeypatch):
-    import folder_paths
-
-    from attune.scoring.folders import DETECTORS, SCORERS
-
-    for kind in (SCORERS, DETECTORS):
-        (tmp_path / kind).mkdir()
-        monkeypatch.setitem(folder_paths.folder_names_and_paths, kind, ([str(tmp_path / kind)], set()))
-    return tmp_path / SCORERS, tmp_path / DETECTORS
-
-
-def _tokenizer(place):
-    (place / "vocab.txt").parent.mkdir(parents=True, exist_ok=True)
-    (place / "vocab.txt").write_text("\n".join(VOCABULARY), encoding="utf-8")
-    return BertTokenizerFast(vocab=str(place / "vocab.txt"), model_max_length=16)
-
-
-def test_questions_are_asked_of_blip(folders):
-    place = folders[0] / "blip"
-    tokenizer = _tokenizer(place)
-    text = {
-        **SIZES,
-        "vocab_size": len(VOCABULARY),
-        "encoder_hidden_size": 16,
-        "max_position_embeddings": 16,
-        "projection_dim": 16,
-    }
-    text |= {"bos_token_id": 2, "eos_token_id": 3, "sep_token_id": 3, "pad_token_id": 0}
-    vision = {**SIZES, "image_size": 32, "patch_size": 8, "projection_dim": 16}
-    torch.manual_seed(0)
-    network = BlipForQuestionAnswering(BlipConfig(text_config=text, vision_config=vision, projection_dim=16)).eval()
-    network.save_pretrained(place)
-    BlipProcessor(BlipImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(place)
-    tokenizer.save_pretrained(place)
-    (judge,), missing = judges.judges(["vqa: blip"])
-    item = suites.Item("a red star and a circle", (suites.Thing("star", "a red star"), suites.Thing("circle", "a circle")))
-    found = judge.values(torch.rand(1, 40, 40, 3), item)
-    assert not missing and set(found) == {"all", "thing 1", "thing 2"} and all(0 < v < 1 for v in found.values())
-    assert found["all"] == pytest.approx(found["thing 1"] * found["thing 2"], rel=1e-5)
-
-
-def test_clip_and_preference_judge_phrases_too(folders):
+def test_pictures_beside_plain_and_all_together_are_in_the_report(finished, folders, tmp_path, monkeypatch):
     from attune.tests.scoring.tiny import tiny_folder
 
     tiny_folder(folders[0] / "clip")
-    found, missing = judges.judges(["clip_t: clip", "clip_iqa: clip", "preference: clip"])
-    item = suites.Item("a red star", (suites.Thing("star", "a red star"),))
-    values = [judge.values(torch.rand(1, 40, 40, 3), item) for judge in found]
-    assert not missing and set(values[0]) == {"all", "thing 1"} and values[0]["all"] == pytest.approx(values[0]["thing 1"])
-    assert 0 <= values[1]["all"] <= 1
+    for i in range(2):
+        (tmp_path / f"{i}.png").write_bytes(bench.png_of(torch.rand(1, 16, 16, 3)))
+    monkeypatch.setattr(bench.Bench, "draw", lambda *_: pytest.fail("it drew"))
+    config = {**CONFIG, "scorers": ["demo: bound", "distance: clip", f"frechet: clip, {tmp_path}"]}
+    for _ in range(2):
+        made, log = command.run(config, log_at=finished.place)
+        result, gallery = report.result_of(made, log)
+        log.close()
+        for kind in (pictures.Distance, pictures.Frechet):  # the second time everything is in the log
+            monkeypatch.setattr(kind, "apart" if kind is pictures.Distance else "of", lambda *_: pytest.fail("it judged again"))
+    assert [row[:3] for row in result["sets"]] == [[f"frechet: clip, {tmp_path}", name, 2] for name in ("plain", "SoftPAG")]
+    assert sum(row[3] == "distance: clip" for row in result["rows"]) == 2
+    page = report.html_of(result, gallery)
+    assert "of all pictures together" in page and "distance: clip, all" in page
+    (joined,) = report.merged([result, {**result, "seeds": [9]}])["runs"]
+    assert joined["sets"] == [] and "cannot be joined" in " ".join(joined["skipped"])
 
 
-def _owl(place):
-    from transformers import CLIPTokenizerFast, Owlv2Config, Owlv2ForObjectDetection, Owlv2ImageProcessor, Owlv2Processor
+def test_heads_come_from_files_and_presets_too(monkeypatch, tmp_path):
+    from attune.hunt import head_files
+    from attune.patches.hook.install import model_sites
+    from attune.patches.hook.sites import select
 
-    letters = [
-        *"abcdefghijklmnopqrstuvwxyz",
-        *(f"{c}</w>" for c in "abcdefghijklmnopqrstuvwxyz"),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
-    vocabulary = {c: i for i, c in enumerate(letters)}
-    tokenizer = CLIPTokenizerFast(vocab=vocabulary, merges=[], pad_token="<|endoftext|>", model_max_length=32)
-    text = {
-        **SIZES,
-        "vocab_size": len(letters),
-        "max_position_embeddings": 32,
-        "bos_token_id": 52,
-        "eos_token_id": 53,
-        "pad_token_id": 53,
-    }
-    config = Owlv2Config(text_config=text, vision_config={**SIZES, "image_size": 32, "patch_size": 8}, projection_dim=16)
-    Owlv2ForObjectDetection(config).save_pretrained(place)
-    Owlv2Processor(Owlv2ImageProcessor(size={"height": 32, "width": 32}), tokenizer).save_pretrained(place)
-    tokenizer.save_pretrained(place)
-
-
-def _dino(place):
-    from transformers import (
-        BertConfig,
-        GroundingDinoConfig,
-        GroundingDinoForObjectDetection,
-        GroundingDinoImageProcessor,
-        GroundingDinoProcessor,
-        SwinConfig,
-    )
-
-    tokenizer = _tokenizer(place)
-    backbone = SwinConfig(
-        image_size=32, patch_size=4, embed_dim=8, depths=[1, 1, 1], num_heads=[1, 1, 1], window_size=2, out_indices=[1, 2, 3]
-    )
-    words = BertConfig(**SIZES, vocab_size=len(VOCABULARY), max_position_embeddings=16)
-    small = {
-        "d_model": 32,
-        "encoder_layers": 1,
-        "decoder_layers": 2,
-        "encoder_ffn_dim": 16,
-        "decoder_ffn_dim": 16,
-        "num_queries": 4,
-    }
-    small |= {"encoder_attention_heads": 2, "decoder_attention_heads": 2, "max_text_len": 16, "num_feature_levels": 3}
-    config = GroundingDinoConfig(backbone_config=backbone, text_config=words, **small)
-    GroundingDinoForObjectDetection(config).save_pretrained(place)
-    size = {"shortest_edge": 32, "longest_edge": 64}
-    GroundingDinoProcessor(GroundingDinoImageProcessor(size=size), tokenizer).save_pretrained(place)
-    tokenizer.save_pretrained(place)
-
-
-@pytest.mark.parametrize("make", [_owl, _dino])
-def test_detectors_of_random_weights_find_or_do_not(folders, make):
-    from attune.tests.scoring.tiny import tiny_folder
-
-    torch.manual_seed(0)
-    make(folders[1] / "detector")
-    tiny_folder(folders[0] / "clip")
-    (rate, styles), missing = judges.judges(["detection: detector", "scb: detector, clip"])
-    item = suites.Item("a star and a circle", (suites.Thing("star", "a star"), suites.Thing("circle", "a circle")))
-    picture = torch.rand(1, 40, 40, 3)
-    assert not missing and set(rate.values(picture, item)) == {"all", "share", "thing 1", "thing 2"}
-    assert -1 <= styles.values(picture, item)["all"] <= 1
-
-
-class Eyes:
-    """In place of a detector: sees stars only."""
-
-    def __init__(self, folder):
-        pass
-
-    def find(self, picture, name, least=0.0):
-        return ((0, 0, 8, 8), 0.9) if name == "star" else None
-
-
-def test_the_detection_rate_is_of_things(monkeypatch):
-    for name, new in (("Detector", Eyes), ("model_folder", lambda *_: None), ("files_of", lambda *_: [])):
-        monkeypatch.setattr(judges, name, new)
-    (judge,), _ = judges.judges(["detection: any"])
-    item = suites.Item("a star and a circle", (suites.Thing("star", "a star"), suites.Thing("circle", "a circle")))
-    assert judge.values(torch.rand(1, 16, 16, 3), item) == {"all": 0.0, "share": 0.5, "thing 1": 1.0, "thing 2": 0.0}
+    monkeypatch.setattr(head_files, "folder", lambda: tmp_path)
+    keys = []
+    for text in ("middle.0.0:0", "middle.0.0:1"):
+        made = bench.Bench({**CONFIG, "methods": [{**SOFTPAG, "heads": "preset: unet_middle"}]})
+        family, sites = model_sites(made.loaded.model)
+        head_files.save(select(text, sites, family), sites, family, "mine")
+        made = bench.Bench({**CONFIG, "methods": [{**SOFTPAG, "heads": "file: mine"}]})
+        keys.append(made.key((1, 0, 0)))
+        assert made.heads == {"SoftPAG": text}
+    assert keys[0] != keys[1]
+    with pytest.raises(ValueError, match="no head set"):
+        bench.Bench({**CONFIG, "methods": [{**SOFTPAG, "heads": "file: absent"}]})
 
 
 def test_a_file_that_is_no_log_is_refused(tmp_path):
