@@ -74,6 +74,13 @@ def inputs_of(name: str) -> list[str]:
     return [n for n in found if n not in OF_RUN] if name == DETAIL else found
 
 
+def defaults_of(name: str) -> dict[str, Any]:
+    """What a node's inputs are when nothing is set."""
+    schemas = [nodes_of_pack()[n].define_schema() for n in ((name, DECOMPOSE) if name == DETAIL else (name,))]
+    known = {entry.id: getattr(entry, "default", None) for schema in schemas for entry in schema.inputs}
+    return {n: known[n] for n in inputs_of(name) if known[n] is not None}
+
+
 def method_of(given: Mapping[str, Any]) -> Method:
     """``{name, node, settings…}``, or ``{name, nodes: [{node, settings…}, …]}``.
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import functools
 import html
+import importlib
 import io
 import math
 import platform
@@ -18,7 +19,7 @@ from ..hunt.head_files import pack_version
 from .bench import Bench, tensor_of
 from .judge import ALL
 from .log import Log, key_of
-from .methods import PLAIN
+from .methods import PLAIN, defaults_of
 from .statistics import interval, paired
 
 FORMAT = 1
@@ -38,10 +39,17 @@ def _apart(one: bytes, other: bytes) -> float:
     return float((tensor_of(one) - tensor_of(other)).square().mean().sqrt())
 
 
+def comfyui_version() -> str:
+    try:
+        return str(importlib.import_module("comfyui_version").__version__)
+    except (ImportError, AttributeError):  # older ones do not say
+        return "of unknown version"
+
+
 def machine() -> str:
     """The device and its software."""
     device = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU ({platform.machine()})"
-    return f"{device}, torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
+    return f"{device}, ComfyUI {comfyui_version()}, torch {torch.__version__}, Python {platform.python_version()}, {platform.system()}"
 
 
 def result_of(made: Bench, log: Log) -> tuple[dict[str, Any], dict[str, bytes]]:
@@ -78,6 +86,7 @@ def result_of(made: Bench, log: Log) -> tuple[dict[str, Any], dict[str, bytes]]:
         "seeds": made.config["seeds"],
         "methods": [[m.name, [[n, dict(x)] for n, x in m.nodes]] for m in made.methods],
         "heads": made.heads,
+        "defaults": {n: defaults_of(n) for m in made.methods for n, _ in m.nodes},
         "scorers": [*([j.name, j.key, j.share] for j in made.judges), *([j.name, j.key, False] for j in made.between)],
         "sets": _sets(made, log),
         "skipped": made.missing,
@@ -226,14 +235,23 @@ def _sections(result: Mapping[str, Any]) -> list[Mapping[str, Any]]:
     return result.get("runs", [result])
 
 
+def _said(settings: Mapping[str, Any]) -> str:
+    """Settings in a line."""
+    return ", ".join(f"{k}: {v}" for k, v in settings.items()) or "as it comes"
+
+
 def _about(result: Mapping[str, Any]) -> list[str]:
     """What was drawn, with what, and what is not in it, in sentences."""
-    sampling = ", ".join(f"{k} {v}" for k, v in result["sampling"].items() if v not in ("", 0, 0.0, []))
+    sampling = _said({k: v for k, v in result["sampling"].items() if v not in ("", 0, 0.0, [])})
     lines = [
-        f"Model {result['model']} ({result['family']}, sha256 {result['model hash']}), suite {result['suite']}, {len(result['prompts'])} "
+        f"Model {result['model']} ({result['family']}, sha256 {result['model hash']}), suite {_said(result['suite'])}, {len(result['prompts'])} "
         f"prompts, seeds {result['seeds']}; {sampling}.",
         f"Attune {result['pack']} on {result['machine']}.",
-        *(f"{name}: {', '.join(f'{n} {x}' for n, x in nodes) or 'the model as it is'}." for name, nodes in result["methods"]),
+        *(
+            f"{name}: {'; '.join(f'{n} ({_said(x)})' for n, x in nodes) or 'the model as it is'}."
+            for name, nodes in result["methods"]
+        ),
+        *(f"Where nothing else is said, {n} has {_said(x)}." for n, x in result.get("defaults", {}).items()),
         *(f"The heads of {name}: {text}." for name, text in result.get("heads", {}).items()),
         *(f"{name} is {key}." for name, key, _ in result["scorers"]),
         *result["skipped"],
@@ -261,8 +279,10 @@ def markdown_of(result: Mapping[str, Any]) -> str:
 
 STYLE = (
     "body{font:15px/1.5 system-ui,sans-serif;max-width:70em;margin:2em auto;padding:0 1em;color:#222;background:#fff}"
-    "table{border-collapse:collapse;margin:.5em 0 1.5em}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:left}"
-    "figure{display:inline-block;margin:.5em;vertical-align:top;width:540px}img{width:256px}figcaption{font-size:13px;color:#555}"
+    "table{border-collapse:collapse;margin:.5em 0 1.5em}td,th{padding:.2em .8em;border-bottom:1px solid #ddd;text-align:right}"
+    "td:first-child,th:first-child{text-align:left}summary{font-size:1.3em;font-weight:bold;cursor:pointer}"
+    "figure{display:inline-block;margin:.5em;vertical-align:top;width:496px}img{width:240px;margin-right:8px}"
+    "figcaption{font-size:13px;color:#555}"
 )
 
 
@@ -272,9 +292,8 @@ def html_of(result: Mapping[str, Any], gallery: Mapping[str, bytes]) -> str:
     out.append("<h1>What the methods do</h1>")
     for one in _sections(result):
         out += ["<ul>", *(f"<li>{html.escape(line)}</li>" for line in _about(one)), "</ul>"]
-        for title, rows in tables(one):
-            out += [f"<h2>{html.escape(title)}</h2><table><tr>", *(f"<th>{c}</th>" for c in COLUMNS), "</tr>"]
-            out += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows] + ["</table>"]
+        parts = [(_is_whole(title), _table(title, rows)) for title, rows in tables(one)]
+        out += [text for whole, text in parts if whole]
         for method, _ in one["methods"]:
             shown = [c for c in extremes(one, method) if f"{method}|{c[0]}|{c[1]}" in gallery]
             for title, wanted in (("gains", 1), ("losses", -1)):
@@ -282,7 +301,20 @@ def html_of(result: Mapping[str, Any], gallery: Mapping[str, bytes]) -> str:
                 if some:
                     out.append(f"<h2>{html.escape(method)}: largest {title} (plain on the left)</h2>")
                     out += [_figure(one, gallery, method, *c) for c in some]
+        if rest := [text for whole, text in parts if not whole]:
+            out += ["<details><summary>Part by part</summary>", *rest, "</details>"]
     return "\n".join([*out, "</html>"])
+
+
+def _is_whole(title: str) -> bool:
+    """Whether a title of `tables` is of everything at once, and not of a part."""
+    return f", {ALL}" in title
+
+
+def _table(title: str, rows: Sequence[Sequence[str]]) -> str:
+    out = [f"<h2>{html.escape(title)}</h2><table><tr>", *(f"<th>{c}</th>" for c in COLUMNS), "</tr>"]
+    out += ["<tr>" + "".join(f"<td>{html.escape(cell)}</td>" for cell in row) + "</tr>" for row in rows]
+    return "\n".join([*out, "</table>"])
 
 
 def _figure(result: Mapping[str, Any], gallery: Mapping[str, bytes], method: str, i: int, seed: int, change: float) -> str:
