@@ -71,7 +71,7 @@ def run(
         finished = (
             rows for start in range(0, len(todo), size) for rows in _done(made, log, workers, todo[start : start + size])
         )
-        count = 0
+        count, where = 0, {made.key(task[:3]): task for task in todo}
         for rows in finished:
             comfy.model_management.throw_exception_if_processing_interrupted()
             before, count = count, count + len(rows)
@@ -83,7 +83,7 @@ def run(
             if show is not None:
                 show(total - len(todo) + count, total, (time.monotonic() - began) / count * (len(todo) - count))
             if preview is not None and every and (count // every > before // every or count == len(todo)):
-                write_whole("prove", preview, strip(made, log, todo[count - 1]))
+                write_whole("prove", preview, strip(made, log, where[rows[-1].key]))
     except BaseException:
         log.close()
         raise

@@ -29,6 +29,16 @@ SMALL = 256  # pixels, of pictures in a report
 # What papers report on their own models, by suite and kind of scorer; only where the table is known to us.
 PAPERS: Mapping[tuple[str, str], str] = {
     ("scb", "scb"): "Detail++ (arXiv 2507.17853): SDXL 0.2488, Detail++ 0.2687",
+    (
+        "counts",
+        "counts",
+    ): "GenEval (arXiv 2310.11513, its own prompts and detector), counting / position: SD1.5 0.35 / 0.04, SDXL 0.39 / 0.15",
+    (
+        "styles",
+        "preference",
+    ): "HeadHunter (arXiv 2506.10978, table 1, SD3-medium, its own prompts; PickScore): none 19.66, CFG 3 20.87, "
+    "HeadHunter 20.70, both 20.92",
+    ("styles", "reward"): "HeadHunter (the same table; ImageReward): none -0.591, CFG 3 0.844, HeadHunter 0.470, both 0.845",
     ("file", "vqa"): "Detail++ (arXiv 2507.17853), T2I-CompBench colour / texture / shape: SDXL 0.6369 / 0.5637 / 0.5408, "
     "Detail++ 0.7389 / 0.7241 / 0.5582",
 }

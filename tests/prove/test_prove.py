@@ -170,15 +170,19 @@ def test_detail_samples_what_its_node_does_with_other_nodes_before_it(monkeypatc
 
 
 def test_a_batch_is_its_pictures_one_by_one(tmp_path):
-    config = {**CONFIG, "suite": {"name": "shapes", "prompts": 3}, "methods": [SOFTPAG, DETAIL], "seeds": [0, 4]}
+    config = {**CONFIG, "suite": {"name": "shapes", "prompts": 3}}
     pictures, calls = [], []
-    for size, name in ((1, "one"), (4, "four")):
-        made, log = command.run({**config, "batch": size}, lambda *told: calls.append(told[:2]), log_at=tmp_path / name)
-        assert calls[-1] == (18, 18)
+    for size, name in ((1, "one"), (2, "two")):
+        more, seen = {**config, "batch": size, "preview": 1}, tmp_path / f"{name}.png"
+        made, log = command.run(more, lambda *told: calls.append(told[:2]), log_at=tmp_path / name, preview=seen)
+        assert calls[-1] == (6, 6)
         pictures.append([bench.tensor_of(log.picture(made.key(task))) for task in made.tasks()])
         log.close()
-    assert len(calls) == 18 + 6 + 4  # Detail++ one by one, the others as 4 and 2
+    assert len(calls) == 6 + 4
     assert all(torch.allclose(a, b, atol=1.5 / 255) for a, b in zip(*pictures, strict=True))
+    made = bench.Bench({**config, "batch": 2, "methods": [SOFTPAG, DETAIL]})  # Detail++ is another one for every prompt
+    groups = made.together([(m, i, 0, None, []) for i in range(3) for m in range(3)])
+    assert sorted([task[0] for task in group] for group in groups) == [[0], [0, 0], [1], [1, 1], [2], [2], [2]]
     with pytest.raises(ValueError, match="batch"):
         bench.Bench({**config, "batch": 0})
 
