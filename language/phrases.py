@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
 
 from .grammar.reading import read
@@ -20,18 +20,19 @@ def fusable(words: Words) -> Words:
         RuntimeError: when noun phrases are wanted and spaCy is not installed.
     """
     places = _noun_phrases(words.text) if words.automatic else _written(words)
-    found = (_joined([words.words[i] for i in members]) for members in places)
+    parts = ([words.words[i] for i in members] for members in places)
+    found = (joined(" ".join(m.text for m in members), members) for members in parts)
     return replace(words, phrases=tuple(p for p in found if any(len(c) > 1 for c in p.encoders.values())))
 
 
-def _joined(members: list[Phrase]) -> Phrase:
-    """Neighbouring words as one phrase."""
+def joined(text: str, members: Sequence[Phrase]) -> Phrase:
+    """Words as one phrase, written as ``text``."""
 
     def merged(parts: Iterable[tuple[int, ...]]) -> tuple[int, ...]:
         return tuple(sorted(set().union(*parts)))
 
     encoders = {n: merged(m.encoders[n] for m in members) for n in members[0].encoders}
-    return Phrase(" ".join(m.text for m in members), merged(m.columns for m in members), encoders)
+    return Phrase(text, merged(m.columns for m in members), encoders)
 
 
 def _written(words: Words) -> Iterator[list[int]]:

@@ -88,20 +88,20 @@ class Words:
         return f"{'; '.join(parts)} (of {self.total} token columns, {len(self.content)} of them the prompt's own)"
 
 
-def _listed(words: Iterable[Phrase]) -> str:
+def listed(words: Iterable[Phrase]) -> str:
     """The words that a phrase may be made of, each once, for an error."""
     known = list(dict.fromkeys(w.text.lower() for w in words if w.columns))
     return ", ".join(known[:60]) + (", …" if len(known) > 60 else "")
 
 
-def prompt_words(clip: Any, text: str, words: str = "") -> Words:
+def prompt_words(clip: Any, text: str, words: str | None = "") -> Words:
     """Find words of a prompt in the conditioning that ``clip`` makes of it.
 
     Args:
         clip: a CLIP of SD1.5, SD2, SDXL, SD3 or FLUX.
         text: the prompt, as for CLIP Text Encode.
         words: phrases separated by commas. Every occurrence counts; case, spaces, weights and punctuation do not. Empty:
-            every noun of the prompt.
+            every noun of the prompt. None: no phrases, only where each word is.
 
     Raises:
         ValueError: for an empty prompt, a phrase that is not in it, no noun to be found, or no or an unknown CLIP.
@@ -140,20 +140,20 @@ def prompt_words(clip: Any, text: str, words: str = "") -> Words:
 
     all_words = tuple(phrase(m.group(), [i]) for i, m in enumerate(matches))
     keys = [word_key(m.group()) for m in matches]
-    asked = [part for part in re.split(r"[,，、\n]", words) if part.strip()]
-    if asked:
+    asked = [part for part in re.split(r"[,，、\n]", words or "") if part.strip()]
+    if asked or words is None:
         wanted = {tuple(word_keys(plain_text(part))): part.strip() for part in asked}
     else:
         spans = noun_spans(without_embeddings(plain))
         nouns = [tuple(keys[i] for i in sorted({owner[p] for p in range(*span) if p in owner})) for span in spans]
         wanted = {noun: " ".join(noun) for noun in nouns if noun}
         if not wanted:
-            raise ValueError(f"no noun was found in the prompt: write the words you mean. It has: {_listed(all_words)}")
+            raise ValueError(f"no noun was found in the prompt: write the words you mean. It has: {listed(all_words)}")
     phrases = []
     for sequence, written in wanted.items():
         n, starts = len(sequence), starts_of(sequence, keys)
         if not starts:
-            raise ValueError(f"“{written}” is not in the prompt. It has these words: {_listed(all_words)}")
+            raise ValueError(f"“{written}” is not in the prompt. It has these words: {listed(all_words)}")
         spelled = " ".join(m.group() for m in matches[starts[0] : starts[0] + n])
         found = phrase(spelled, {i + k for i in starts for k in range(n)})
         if not found.columns:
@@ -168,7 +168,7 @@ def prompt_words(clip: Any, text: str, words: str = "") -> Words:
         special=tuple(sorted(set(range(total)) - set(content))),
         total=total,
         counts={n: one.total for n, one in encoded.items()},
-        automatic=not asked,
+        automatic=words is not None and not asked,
         tokens=fingerprint(tokens),
     )
 

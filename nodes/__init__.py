@@ -21,6 +21,7 @@ from .score import AttuneDiversity, AttuneSCBScore, AttuneScore
 from .scorers import AttuneClipScorer, AttuneDemoScorer, AttunePreferenceScorer
 from .softpag import AttuneSoftPAG
 from .structure import AttuneStructureRefine
+from .weights import AttuneWordWeights
 from .words import AttuneWords
 
 
@@ -56,5 +57,6 @@ class Attune(ComfyExtension):
             AttuneShowMaps,
             AttuneSoftPAG,
             AttuneStructureRefine,
+            AttuneWordWeights,
             AttuneWords,
         ]

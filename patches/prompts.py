@@ -131,8 +131,8 @@ def refuse(model: ModelPatcher, where: str) -> None:
     if any(isinstance(r, EditWeights) and r.prompt_columns is not None for r in asked):
         raise ValueError(
             f"{where}: on this model a node acts on single words of one prompt (Attention Regulation, Phrase Fusion, Semantic Gate, Refine "
-            "Attention with words), and here several prompts are drawn at once, in which other words have these places. Connect the model "
-            "from before that node."
+            "Attention with words, Word Weights), and here several prompts are drawn at once, in which other words have these places. Connect "
+            "the model from before that node."
         )
 
 

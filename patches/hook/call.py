@@ -32,6 +32,7 @@ class AttentionCall:
         forward: state of this forward alone, for whoever has to bring several of its calls together.
         first_times: of each chunk, whether this is its first forward in this evaluation (see `Chunk`).
         tiles: rows of each picture, next to each other; more than one where another pack cuts pictures up (HyperTile).
+        source: in a forward of our own, which of the normal forward's pictures each of its own is; None: the same ones.
     """
 
     site: Site
@@ -49,6 +50,7 @@ class AttentionCall:
     forward: dict[Any, Any] = field(default_factory=dict)
     first_times: tuple[bool, ...] = ()
     tiles: int = 1
+    source: tuple[int, ...] | None = None
 
     @property
     def height(self) -> int:
@@ -70,6 +72,11 @@ class AttentionCall:
     def pictures(self) -> int:
         """Rows in each chunk."""
         return self.batch // len(self.chunks)
+
+    def numbers(self, rows: int) -> list[int]:
+        """Which picture of the normal forward each of some ``rows`` is of: those of whole chunks, one after the other."""
+        own = [row // self.tiles for row in range(self.pictures)]
+        return [n if self.source is None else self.source[n] for n in own] * (rows // max(1, self.pictures))
 
     def parts(self, who: str = ALL) -> tuple[Chunk, ...]:
         """The chunks whose rows a request for ``cond``, ``uncond`` or ``all`` is given, in order."""

@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ...methods import attention as maths
 from .call import AttentionCall
-from .requests import EditWeights, ReadWeights, WeightsRequest
+from .requests import IMAGE, TEXT, EditWeights, ReadWeights, WeightsRequest
 from .tensors import CallTensors, index_or_slice, persistent, put
 
 
@@ -25,10 +25,13 @@ class WeightsOfCall:
     Args:
         q, k: of every row, ``[B, H, M or N, d]``; where rows share a map, those that they use.
         mask_rows: the row whose mask each row takes, where rows share a map.
+        queries: the tokens that look, of whose weights everything here is.
     """
 
-    def __init__(self, call: AttentionCall, tensors: CallTensors, q: Tensor, k: Tensor, mask_rows: Tensor | None):
-        self.call, self.tensors, self.q, self.k, self.mask_rows = call, tensors, q, k, mask_rows
+    def __init__(
+        self, call: AttentionCall, tensors: CallTensors, q: Tensor, k: Tensor, mask_rows: Tensor | None, queries: slice
+    ):
+        self.call, self.tensors, self.q, self.k, self.mask_rows, self.queries = call, tensors, q, k, mask_rows, queries
         self.offset = call.text.start if call.kind != "self" else 0
         self.count = (call.text.stop - call.text.start) if call.kind != "self" else k.shape[2]
         # Edited rows, and the columns that are looked at: their places in the tensors that follow.
@@ -73,11 +76,11 @@ class WeightsOfCall:
         device = self.q.device
         which = index_or_slice(rows, device)
         mask_rows = which if self.mask_rows is None else self.mask_rows.to(device)[which]
-        mask = self.tensors.mask(mask_rows, self.call.image)
+        mask = self.tensors.mask(mask_rows, self.queries)
         if mask is not None and mask.shape[1] > 1:
             mask = mask[:, heads]
         return maths.probabilities(
-            self.q[which][:, heads, self.call.image],
+            self.q[which][:, heads, self.queries],
             self.k[which][:, heads],
             columns=index_or_slice(columns, device),
             scale=self.tensors.scale,
@@ -100,15 +103,16 @@ class WeightsOfCall:
             return out
         which = index_or_slice(list(self.edited_rows), device)
         v = self.tensors.v[which][:, :, index_or_slice(list(self.edited_columns), device)]
-        given = out[which][:, :, self.call.image]
+        given = out[which][:, :, self.queries]
         if block_replaced:  # only the text's share changes
-            text = F.scaled_dot_product_attention(self.q[which], self.k[which], self.tensors.v[which], scale=self.tensors.scale)
+            q = self.q[which][:, :, self.queries]
+            text = F.scaled_dot_product_attention(q, self.k[which], self.tensors.v[which], scale=self.tensors.scale)
             fixed = given + maths.replace_columns(text, v, self.before, self.after, self.rest) - text
         else:
             fixed = maths.replace_columns(given, v, self.before, self.after, self.rest)
         if out.requires_grad or fixed.requires_grad:
             out = out.clone()
-        out[which, :, self.call.image] = fixed
+        out[which, :, self.queries] = fixed
         return out
 
     def _edit(self, request: EditWeights) -> bool:
@@ -173,10 +177,12 @@ def edit_and_read(
     block_replaced: bool = False,
 ) -> Tensor:
     """Carry out a call's edits and readings, in this order; returns ``out [B, H, M, d]`` corrected for the edits."""
-    weights = WeightsOfCall(call, tensors, *qk, mask_rows)
+    weights = WeightsOfCall(call, tensors, *qk, mask_rows, call.image)
     edits = [r for r in requests[0] if weights.of_call(r)]
     reads = [r for r in requests[1] if weights.of_call(r)]
-    out = weights.edit(edits, reads, out, block_replaced)
+    out = weights.edit([r for r in edits if r.tokens == IMAGE], reads, out, block_replaced)
+    if of_text := [r for r in edits if r.tokens == TEXT]:
+        out = WeightsOfCall(call, tensors, *qk, mask_rows, call.text).edit(of_text, (), out, block_replaced)
     for request in reads:
         with persistent():
             weights.read(request)

@@ -17,7 +17,7 @@ from .call import AttentionCall
 from .edits import edit_and_read
 from .families.base import Family
 from .requests import BlendOutputs, EditWeights, ReadWeights, Request, ShareMap
-from .run import EXTRA, RUN, SamplingRun, step_at
+from .run import EXTRA, RUN, ExtraForward, SamplingRun, step_at
 from .sharing import SharedMaps
 from .sites import Site
 from .tensors import CallTensors, Kernel, index_or_slice
@@ -184,13 +184,14 @@ class Forward:
         """Grid, tokens, rows and step of the attention call that is going on."""
         options, schedule = self.options, self.options.get("sample_sigmas")
         chunks = tuple(options.get("cond_or_uncond") or (0,))
+        own: ExtraForward | None = options.get(EXTRA)
         return AttentionCall(
             site=self.by_name[self.name],
             kind=self.kind,
             tokens=self.family.tokens(self, queries, keys),
             batch=batch,
             chunks=chunks if batch % len(chunks) == 0 else (0,),
-            perturbed=EXTRA in options,
+            perturbed=own is not None,
             uuids=tuple(options.get("uuids") or ()),
             latent=(self.x.shape[-2], self.x.shape[-1]),
             sigma=options.get("sigmas"),
@@ -200,6 +201,7 @@ class Forward:
             forward=self.state,
             first_times=self.first_times,
             tiles=max(1, batch // len(self.x)),
+            source=own.rows if own else None,
         )
 
     @cached_property

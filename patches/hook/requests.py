@@ -120,9 +120,15 @@ class EditWeights(WeightsRequest):
     Attributes:
         edit: ``edit(call, weights [R, H, M, T]) -> (new weights, factor [R, H, M, 1] on all other columns or None)``, or None to leave
             them as they are.
+        tokens: whose weights they are: of what looks, ``image`` or, in joint attention, ``text``. Readers are shown the image's only.
     """
 
     edit: Callable[[AttentionCall, Tensor], tuple[Tensor, Tensor | None] | None]
+    _: KW_ONLY
+    tokens: str = IMAGE
+
+    def __post_init__(self) -> None:
+        _check_tokens(self, (IMAGE, TEXT))
 
 
 @dataclass(frozen=True)
@@ -156,7 +162,11 @@ class BlendOutputs(Request):
     ignores_output: bool = False
 
     def __post_init__(self) -> None:
-        if self.tokens not in (IMAGE, TEXT, ALL):
-            raise ValueError(f"tokens must be {IMAGE}, {TEXT} or {ALL}, not {self.tokens!r}")
-        if self.tokens == TEXT and (apart := [f"{site} ({kind})" for site, kind in self.where if kind != "joint"]):
-            raise ValueError(f"text tokens have an output of their own in joint attention only, not at {apart[0]}")
+        _check_tokens(self, (IMAGE, TEXT, ALL))
+
+
+def _check_tokens(request: EditWeights | BlendOutputs, known: tuple[str, ...]) -> None:
+    if request.tokens not in known:
+        raise ValueError(f"tokens must be {', '.join(known[:-1])} or {known[-1]}, not {request.tokens!r}")
+    if request.tokens == TEXT and (apart := [f"{site} ({kind})" for site, kind in request.where if kind != "joint"]):
+        raise ValueError(f"text tokens have an output of their own in joint attention only, not at {apart[0]}")

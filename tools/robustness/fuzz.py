@@ -98,6 +98,18 @@ TEXTS: dict[str, tuple[str, ...]] = {
         "L" + "9" * 5000,
         "*" * 2000,
     ),
+    "weights": (
+        "star: 1.4\ncircle: -1",
+        "",
+        "star: 1",
+        "red star: 0",
+        "moon: 2",
+        "star",
+        ":",
+        "star: 1e9",
+        "star: nan",
+        "star: 2\n" * 300,
+    ),
     "words": ("star, circle", "", "star", "red striped star", "moon", ",", "star," * 300),
 }
 HOSTILE_NUMBERS: tuple[Any, ...] = (

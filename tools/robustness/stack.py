@@ -94,6 +94,10 @@ OURS: dict[str, Patch] = {
     ),
     "Phrase Fusion": _ours(nodes.AttunePhraseFusion, words=lambda _: models.words("red striped star")[0]),
     "Refine Attention": _ours(nodes.AttuneRefineMaps, words=_words),
+    "Word Weights": _ours(nodes.AttuneWordWeights, words=_words, weights="star: 1.6\ncircle: -0.5"),
+    "Words in places": _ours(
+        nodes.AttuneWordWeights, words=_words, weights="star: 1", mask=lambda _: torch.eye(2).repeat(3, 5), mode="value"
+    ),
     "Head Filter": _ours(nodes.AttuneHeadFilter, heads=lambda family: models.heads(family, "L0-2H0"), kind="both"),
 }
 CORES: dict[str, Patch] = {
