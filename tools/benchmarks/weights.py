@@ -82,7 +82,7 @@ class Seen:
 
     present: bool
     coloured: bool
-    others: float
+    others: bool
     area: float
     centre: tuple[float, float] | None
 
@@ -97,7 +97,7 @@ def seen(case: Case, picture: Tensor, reading: Reading) -> Seen:
     area = float(((picture - rgb).square().mean(-1).sqrt() < NEAR).float().mean())
     best = max(own, key=lambda t: t.confidence, default=None)
     centre = None if best is None else (best.x / world.SIZE, best.y / world.SIZE)
-    return Seen(bool(own), any(t.colour == case.thing.colour for t in own), statistics.mean(others), area, centre)
+    return Seen(bool(own), any(t.colour == case.thing.colour for t in own), all(others), area, centre)
 
 
 Patch = Callable[[Any, Sequence[Case], int], Any]
