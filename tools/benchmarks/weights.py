@@ -136,7 +136,7 @@ def curve(given: Sequence[Case], what: str, args: argparse.Namespace) -> None:
         f"| mode | weight of the {what} | {what} there | against plain | other things there | against plain | colour's area |"
     )
     print("|---|---|---|---|---|---|---|")
-    for mode in weights.MODES:
+    for mode in args.modes:
         for number in args.weights:
 
             def patch(base: Any, part: Sequence[Case], first: int, mode: str = mode, number: float = number) -> Any:
@@ -199,7 +199,7 @@ def settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--seed", type=int, default=1000)
     parser.add_argument("--sampling-steps", dest="steps_of_picture", type=int, default=20)
     parser.add_argument("--weights", type=float, nargs="+", default=list(GRID))
-    parser.add_argument("--modes", nargs="+", default=[ATTENTION, VALUE], help="of the places")
+    parser.add_argument("--modes", nargs="+", default=[ATTENTION, VALUE], help="of the effect")
     parser.add_argument("--inside", type=float, nargs="+", default=[1.0], help="weights where the mask is white")
     parser.add_argument("--outside", type=float, nargs="+", default=[0.0], help="weights where it is black")
     parser.add_argument("--end", type=float, nargs="+", default=[1.0], help="end_percent of the places")
