@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from numbers import Integral
 from typing import Any
+
+from .letters import places
+from .text import Written
 
 Span = tuple[int, int]  # first character, one past the last
 Chunks = Sequence[Sequence[tuple[Any, float, int]]]  # a tokenizer's answer with word ids: (token or vector, weight, word)
@@ -22,10 +25,19 @@ _CUTS = re.compile(r"'(?:s|t|re|ve|m|ll|d)|[^\W\d_]+|\d|(?:[^\w\s]|_)+", re.IGNO
 
 @dataclass(frozen=True)
 class Encoded:
-    """One text encoder's view: number of columns, and per token of the prompt its column (None: dropped) and characters."""
+    """One text encoder's view of a prompt.
+
+    Attributes:
+        total: number of columns.
+        tokens: per token of the prompt its column (None: dropped) and characters.
+        typed: ``(weights:1.2)`` are text to it.
+        brackets: the columns that hold nothing else than what writes these.
+    """
 
     total: int
     tokens: tuple[tuple[int | None, Span], ...]
+    typed: bool = False
+    brackets: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -49,22 +61,21 @@ def fingerprint(tokens: Mapping[str, Any]) -> str:
     return hashlib.sha256(repr(sorted(ids.items())).encode()).hexdigest()[:16]
 
 
+def known(tokens: Mapping[str, Any]) -> bool:
+    """Whether a CLIP is one of `encoders`; all others are `language_models`."""
+    return set(tokens) in _KNOWN
+
+
 def encoders(clip: Any, tokens: Mapping[str, Any], segments: Sequence[tuple[int, str]]) -> dict[str, Encoded]:
-    """Every text encoder that this CLIP really has (SD3 may lack some, SDXL's refiner has no L).
+    """Every text encoder that a CLIP of SD1.5, SD2, SDXL, SD3 or FLUX.1 really has (SD3 may lack some, SDXL's refiner has no L).
 
     Args:
         tokens: of ``clip.tokenize(prompt, return_word_ids=True)``.
         segments: of `text.placed_segments`.
 
     Raises:
-        ValueError: for an unknown CLIP.
         RuntimeError: when tokens cannot be traced.
     """
-    if set(tokens) not in _KNOWN:
-        raise ValueError(
-            f"Attune does not know this CLIP (text encoders: {', '.join(tokens)}). It reads prompts for SD1.5, SD2, SDXL, SD3 and "
-            "FLUX; connect the CLIP of one of these."
-        )
     found = {}
     for name, chunks in tokens.items():
         part = getattr(clip.cond_stage_model, _PARTS[name], None)
@@ -90,11 +101,64 @@ def _encode(name: str, tokenizer: Any, width: int, chunks: Chunks, segments: Seq
         total += len(chunk)
     spans = _trace(tokenizer, segments, own)
     if spans is None:
-        raise RuntimeError(
-            f"Attune could not find the prompt's words among the tokens of text encoder “{name}”: this CLIP cuts prompts in a way "
-            "that Attune does not know. It may come from another pack or a newer ComfyUI; update Attune, or use ComfyUI's own loaders."
-        )
+        raise RuntimeError(_lost(name))
     return Encoded(total, tuple((token.column, span) for token, span in zip(own, spans, strict=True)))
+
+
+def _lost(name: str) -> str:
+    return (
+        f"Attune could not find the prompt's words among the tokens of text encoder “{name}”: this CLIP cuts prompts in a way "
+        "that Attune does not know. It may come from another pack or a newer ComfyUI; update Attune, or use ComfyUI's own loaders."
+    )
+
+
+def language_models(
+    clip: Any, tokens: Mapping[str, Any], names: Iterable[str], prompt: Written, segments: Sequence[tuple[int, str]]
+) -> dict[str, Encoded]:
+    """Every text encoder of any other CLIP, by the letters of its tokens.
+
+    Args:
+        tokens: of ``clip.tokenize(prompt, return_word_ids=True)``.
+        names: of the encoders whose output is in the context.
+        segments: of `text.placed_segments`.
+
+    Raises:
+        RuntimeError: when tokens cannot be traced.
+    """
+    empty = clip.tokenize("")
+    found = {}
+    for name in dict.fromkeys(names):
+        tokenizer = next((t for t in (getattr(clip.tokenizer, n, None) for n in (name, f"clip_{name}")) if t is not None), None)
+        if tokenizer is None:
+            raise RuntimeError(_lost(name))
+        one = _by_letters(tokenizer, _numbers(tokens[name]), _numbers(empty[name]), prompt)
+        if one is None:  # one that leaves letters out (T5 knows no emoji) may say itself what it has made of which
+            one = _encode(name, tokenizer, int(getattr(tokenizer, "embedding_size", 0)), tokens[name], segments)
+        found[name] = one
+    return found
+
+
+def _numbers(chunks: Sequence[Sequence[Any]]) -> list[int]:
+    """Token numbers of all chunks; -1 for what is no plain token."""
+    return [int(entry[0]) if isinstance(entry[0], Integral) else -1 for chunk in chunks for entry in chunk]
+
+
+def _by_letters(tokenizer: Any, numbers: Sequence[int], empty: Sequence[int], prompt: Written) -> Encoded | None:
+    """A view by the letters of the tokens, each on its own; None where these are not the prompt's."""
+    # Start, end and padding are of no letters.
+    special = {getattr(tokenizer, n, None) for n in ("start_token", "end_token", "pad_token")}
+    vocabulary = {number: "" if number in special else piece for number, piece in tokenizer.inv_vocab.items()} | {-1: "\ufffc"}
+    try:
+        literal = places(prompt.literal, numbers, empty, vocabulary)
+        plain = places(prompt.plain, numbers, empty, vocabulary) if literal is None else None
+    except KeyError:
+        return None
+    if literal is None:
+        return None if plain is None else Encoded(len(numbers), tuple((t, (p, p + 1)) for p, of in plain for t in of))
+    placed = [(of, prompt.plain_of[place]) for place, of in literal]
+    own = tuple((t, (p, p + 1)) for of, p in placed if p is not None for t in of)
+    brackets = {t for of, p in placed if p is None for t in of} - {t for t, _ in own}
+    return Encoded(len(numbers), own, any(p is None for _, p in placed), tuple(sorted(brackets)))
 
 
 def _trace(tokenizer: Any, segments: Sequence[tuple[int, str]], own: Sequence[_Token]) -> list[Span] | None:

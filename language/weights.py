@@ -53,13 +53,15 @@ def number(text: str, phrase: str) -> float:
 
 
 def weighted(words: Words, lines: str) -> tuple[Weighted, ...]:
-    """The phrases that ``lines`` weigh, everywhere they stand in the words' prompt; a phrase that is written twice weighs what is last.
+    """The phrases that the prompt itself weighs where its encoders do not, then those that ``lines`` weigh, everywhere they stand in it.
+
+    A phrase that is written twice weighs what is last.
 
     Raises:
         ValueError: for what `written` refuses, or a phrase that is not in the prompt or takes no place in it.
     """
     keys = [word_key(w.text) for w in words.words]
-    found: dict[tuple[int, ...], Weighted] = {}
+    found = {p.columns: Weighted(p, number(str(weight), p.text)) for p, weight in words.weighted if p.columns}
     for text, weight in written(lines):
         wanted = word_keys(plain_text(text))
         members = [i + k for i in starts_of(wanted, keys) for k in range(len(wanted))]

@@ -7,13 +7,15 @@ characters it came from, and the result is checked against the tokens that Comfy
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import groupby
 from typing import Any
 
+from .layouts import places
 from .nouns import noun_spans
-from .text import WORD, placed_segments, plain_text, starts_of, without_embeddings, word_key, word_keys
-from .tokens import T5, encoders, fingerprint
+from .text import WORD, Written, as_typed, placed_segments, plain_text, starts_of, without_embeddings, word_key, word_keys
+from .tokens import T5, Encoded, encoders, fingerprint, known, language_models
 
 PROMPT = "attune_prompt"  # in a conditioning's options: the `Prompt` that it was made of
 
@@ -62,6 +64,8 @@ class Words:
         counts: columns of each text encoder's own output.
         automatic: nothing was asked for, so the phrases are the prompt's nouns.
         tokens: a fingerprint of the prompt's tokens, as in `Prompt`; empty where it is not known.
+        weighted: phrases that the prompt gives a weight other than 1, “(red car:1.4)”, where its encoders take that for text and do nothing.
+        brackets: columns of nothing but such brackets and numbers.
         lengths: of the context's columns as the CLIP has encoded them (`column_lengths`); none where nothing was encoded.
     """
 
@@ -74,6 +78,8 @@ class Words:
     automatic: bool = False
     tokens: str = ""
     lengths: tuple[float, ...] = field(default=(), compare=False)
+    weighted: tuple[tuple[Phrase, float], ...] = ()
+    brackets: tuple[int, ...] = ()
 
     @property
     def content(self) -> tuple[int, ...]:
@@ -98,7 +104,7 @@ def prompt_words(clip: Any, text: str, words: str | None = "") -> Words:
     """Find words of a prompt in the conditioning that ``clip`` makes of it.
 
     Args:
-        clip: a CLIP of SD1.5, SD2, SDXL, SD3 or FLUX.
+        clip: any CLIP whose tokens can be traced.
         text: the prompt, as for CLIP Text Encode.
         words: phrases separated by commas. Every occurrence counts; case, spaces, weights and punctuation do not. Empty:
             every noun of the prompt. None: no phrases, only where each word is.
@@ -117,14 +123,17 @@ def prompt_words(clip: Any, text: str, words: str | None = "") -> Words:
         tokens = clip.tokenize(text, return_word_ids=True)
     except IndexError:  # ComfyUI's own, for an embedding without a name
         raise ValueError("“embedding:” has no name after it in the prompt: write the embedding's name, or delete it") from None
-    encoded = encoders(clip, tokens, segments)
-    flux = set(tokens) == {"l", T5}  # there L only makes the pooled vector
-    shared = [n for n in encoded if n != T5 and not flux]
-    before = min((encoded[n].total for n in shared), default=0)  # ComfyUI cuts L and G to the shorter of the two
+    prompt = as_typed(text)
+    if known(tokens):
+        encoded = encoders(clip, tokens, segments)
+        context, total = _context(encoded, tokens)
+    else:
+        layout = {place: column for column, place in enumerate(places(clip, tokens))}
+        encoded = language_models(clip, tokens, [name for name, _ in layout], prompt, segments)
+        total = len(layout)
 
-    def context(columns: Mapping[str, Iterable[int]]) -> tuple[int, ...]:
-        out = {c for n in shared for c in columns[n] if c < before}
-        return tuple(sorted(out | {before + c for c in columns.get(T5, ())}))
+        def context(columns: Mapping[str, Iterable[int]]) -> tuple[int, ...]:
+            return tuple(sorted(layout[n, c] for n in columns for c in columns[n] if (n, c) in layout))
 
     owner = {place: i for i, m in enumerate(matches) for place in range(*m.span())}  # characters to words
     where: list[dict[str, set[int]]] = [{n: set() for n in encoded} for _ in matches]
@@ -160,7 +169,7 @@ def prompt_words(clip: Any, text: str, words: str | None = "") -> Words:
             raise ValueError(f"“{written}” takes no place in the prompt: the embedding is missing, or made for another model")
         phrases.append(found)
     content = context({n: {c for c, _ in one.tokens if c is not None} for n, one in encoded.items()})
-    total = before + (encoded[T5].total if T5 in encoded else 0)
+    typed = any(one.typed for one in encoded.values())
     return Words(
         text=text,
         phrases=tuple(phrases),
@@ -170,7 +179,33 @@ def prompt_words(clip: Any, text: str, words: str | None = "") -> Words:
         counts={n: one.total for n, one in encoded.items()},
         automatic=words is not None and not asked,
         tokens=fingerprint(tokens),
+        weighted=tuple((phrase(name, of), weight) for name, of, weight in _weighted(prompt, matches)) if typed else (),
+        brackets=context({n: one.brackets for n, one in encoded.items()}),
     )
+
+
+def _weighted(prompt: Written, matches: Sequence[re.Match[str]]) -> Iterator[tuple[str, list[int], float]]:
+    """Stretches of the prompt with a weight other than 1: how they are written, their words, and the weight."""
+    for weight, run in groupby(range(len(prompt.plain)), key=prompt.weights.__getitem__):
+        inside = set(run)
+        members = [i for i, m in enumerate(matches) if inside & set(range(*m.span()))]
+        if weight != 1 and members:
+            yield " ".join(matches[i].group() for i in members), members, weight
+
+
+def _context(
+    encoded: Mapping[str, Encoded], tokens: Mapping[str, Any]
+) -> tuple[Callable[[Mapping[str, Iterable[int]]], tuple[int, ...]], int]:
+    """The context's columns of encoders' columns, and how many it has, for SD1.5, SD2, SDXL, SD3 and FLUX.1."""
+    flux = set(tokens) == {"l", T5}  # there L only makes the pooled vector
+    shared = [n for n in encoded if n != T5 and not flux]
+    before = min((encoded[n].total for n in shared), default=0)  # ComfyUI cuts L and G to the shorter of the two
+
+    def context(columns: Mapping[str, Iterable[int]]) -> tuple[int, ...]:
+        out = {c for n in shared for c in columns[n] if c < before}
+        return tuple(sorted(out | {before + c for c in columns.get(T5, ())}))
+
+    return context, before + (encoded[T5].total if T5 in encoded else 0)
 
 
 def encode_prompt(clip: Any, words: Words) -> tuple[Words, list[Any]]:

@@ -23,7 +23,7 @@ class AttuneWordWeights(AttuneNode):
             display_name="Word Weights",
             category="Attune",
             description="Makes phrases of the prompt count more, less, not at all, or only in one part of the picture, by the model's own "
-            "attention to them: on every model, at any cfg. Weights that a CLIP already takes from the prompt, as (red car:1.3), stay its own.",
+            "attention to them: at any cfg, and also where (red car:1.3) in a prompt does nothing. Weights that a CLIP uses stay its own.",
             inputs=[
                 steered_model(),
                 AttuneWordsType.Input(
@@ -43,8 +43,9 @@ class AttuneWordWeights(AttuneNode):
                     multiline=True,
                     optional=True,
                     dynamic_prompts=True,
-                    tooltip="With clip: the positive prompt, the same as in CLIP Text Encode. Its (weights:1.3) are not used a second "
-                    "time where the CLIP uses them itself (SD1.5, SDXL, SD3, FLUX.1); write what is to weigh here into weights.",
+                    tooltip="With clip: the positive prompt, the same as in CLIP Text Encode. Its (weights:1.3) are used here "
+                    "where the text encoder takes them for text (Z-Image, Qwen-Image, FLUX.2), and not a second time where it uses them (SD1.5, "
+                    "SDXL, SD3, FLUX.1).",
                 ),
                 io.String.Input(
                     "weights",

@@ -20,7 +20,7 @@ class AttuneWords(AttuneNode):
             display_name="Prompt Words",
             category="Attune",
             description="Choose words of a prompt, for Attune nodes that look at or change what single words do to the picture. "
-            "For SD1.5, SD2, SDXL, SD3 and FLUX.",
+            "For the text encoders of all models, chat templates included.",
             inputs=[
                 io.Clip.Input(
                     "clip",

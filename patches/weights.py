@@ -146,12 +146,15 @@ def apply(
     if not which:
         return patched
     phrases = [chosen[i].phrase.columns for i in which]
+    numbers = [chosen[i].weight for i in which]
+    masks = None if masks is None else masks[:, which]
+    if words.brackets:  # what only writes a weight in the prompt is not to be drawn, wherever it is
+        phrases, numbers = [*phrases, words.brackets], [*numbers, 0.0]
+        masks = None if masks is None else torch.cat([masks, torch.ones_like(masks[:, :1])], dim=1)
     columns = tuple(sorted({c for phrase in phrases for c in phrase}))
     members = tuple(tuple(columns.index(c) for c in phrase) for phrase in phrases)
-    numbers = torch.tensor([chosen[i].weight for i in which])
-    method = _Weights(
-        numbers, members, len(columns), None if masks is None else masks[:, which], settings, maths.least(precision(model))
-    )
+    least = maths.least(precision(model))
+    method = _Weights(torch.tensor(numbers), members, len(columns), masks, settings, least)
     joint = {place: heads for place, heads in where.items() if place[1] == "joint"}
     asked = [(IMAGE, where), *([(TEXT, joint)] if settings.tokens == BOTH and joint else [])]
     for tokens, places in asked:

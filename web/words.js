@@ -4,6 +4,7 @@ import { app, attach, isLinked, low, make, textOf, told, widgetOf, write } from 
 
 const NODE = "AttuneWords"
 const NAMES = { l: "CLIP-L", g: "CLIP-G", h: "CLIP-H", t5xxl: "T5" }
+const nameOf = (encoder) => NAMES[encoder] ?? encoder // a language model's own name
 const LETTER = "[\\p{L}\\p{N}\\u0300-\\u036f]"
 const WORD = new RegExp(`(?<![^ \\n])embedding:\\S*[^\\s,]|(?<=[\\p{L}\\p{N}])['’]${LETTER}+|${LETTER}+`, "gu")
 const chips = new WeakMap()
@@ -72,7 +73,7 @@ class Chips {
     this.buttons = []
     this.rows.replaceChildren(
       ...encoders.map((encoder) => {
-        const row = make("div", { className: "attune-chips", role: "group", "aria-label": encoder ? `Words for ${NAMES[encoder]}` : "Words of the prompt" })
+        const row = make("div", { className: "attune-chips", role: "group", "aria-label": encoder ? `Words for ${nameOf(encoder)}` : "Words of the prompt" })
         this.words.forEach((word, i) => {
           const columns = encoder ? (fresh.words[i].encoders[encoder] ?? []) : []
           const joined = i > 0 && owner[i] >= 0 && owner[i] === owner[i - 1] && this.together(owner[i], i, this.shown)
@@ -81,7 +82,7 @@ class Chips {
             className: `attune-chip${owner[i] >= 0 && automatic ? " auto" : ""}${joined ? " joined" : ""}`,
             textContent: word,
             disabled: isLinked(this.node, "words"),
-            title: columns.length ? `${columns.length > 1 ? "tokens" : "token"} ${columns.join(", ")} of ${NAMES[encoder]}` : encoder ? "takes no place" : "Click to choose; drag over several for a phrase",
+            title: columns.length ? `${columns.length > 1 ? "tokens" : "token"} ${columns.join(", ")} of ${nameOf(encoder)}` : encoder ? "takes no place" : "Click to choose; drag over several for a phrase",
             "aria-pressed": String(owner[i] >= 0 && !automatic),
             onkeydown: (event) => this.key(event, i),
             onclick: (event) => event.detail === 0 && this.choose(i, i),
@@ -93,7 +94,7 @@ class Chips {
           row.append(button)
           this.buttons.push(button)
         })
-        return make("div", { className: "attune-encoder" }, ...(encoder ? [make("span", { textContent: NAMES[encoder] })] : []), row)
+        return make("div", { className: "attune-encoder" }, ...(encoder ? [make("span", { textContent: nameOf(encoder) })] : []), row)
       })
     )
     if (focused?.word) this.buttons.find((b) => b.dataset.word === focused.word && b.dataset.encoder === focused.encoder)?.focus()

@@ -1,5 +1,7 @@
 """Word Weights against whole runs with softmax written out, on every family; and the node on the bundled model."""
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -19,6 +21,7 @@ from attune.tests import families
 from attune.tests.families import words, written_out
 from attune.tests.helpers import close, differs
 from attune.tests.methods.test_weights import slow_weights
+from attune.tests.text_encoders import language_model
 from attune.tools.benchmarks.shared.pictures import generate
 
 sample = families.sample
@@ -327,3 +330,30 @@ def test_phrases_everywhere_and_the_last_of_two_lines(demo):
     assert (one.phrase.text, one.weight, two.phrase.text, two.weight) == ("star", 1.5, "red star", -1.0)
     assert two.phrase.columns == (2, 3, 9, 10) and set(one.phrase.columns) == {3, 6, 10}
     assert isinstance(two.phrase, Phrase) and two.phrase.encoders["l"] == two.phrase.columns
+
+
+# --- encoders to which weights in the prompt are text ---
+
+
+def test_weights_of_the_prompt_where_they_are_text():
+    found = prompt_words(language_model("z_image"), "a (red car:1.4) and (zebra:-1)", "zebra")
+    (car, zebra) = weighted(found, "")
+    assert (car.phrase.text, car.weight, zebra.phrase.text, zebra.weight) == ("red car", 1.4, "zebra", -1.0)
+    assert [one.weight for one in weighted(found, "red car: 2")] == [-1.0, 2.0]  # a line says it anew
+    with pytest.raises(ValueError, match="the weight of “red car” is 9; it must be from -2 to 5"):
+        weighted(prompt_words(language_model("z_image"), "a (red car:9)", None), "")
+
+
+def test_brackets_are_silenced_with_them():
+    """In all of the picture, whatever the mask; and not where nothing weighs other than 1."""
+    model = families.shared("sd15")
+    words = dataclasses.replace(PROMPT, brackets=(3,))
+    mask = torch.eye(2)
+    ours = weights.apply(model, words, chosen(2.0), mask, Settings(VALUE, outside=0.5))
+
+    def gains_at(picture, y, x):
+        inside = (y[0] < y[1] / 2) == (x[0] < x[1] / 2)
+        return (2.0, 2.0, 0.0) if inside else (0.5, 0.5, 0.0)
+
+    close(sample(ours, steps=1), sample(slow(model, (1, 2, 3), gains_at, VALUE), steps=1), 1e-3)
+    assert torch.equal(sample(weights.apply(model, words, chosen(1.0)), steps=1), sample(model, steps=1))
