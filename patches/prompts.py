@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import comfy.patcher_extension
@@ -13,6 +13,7 @@ from ..language.words import PROMPT, column_lengths
 from .hook.call import AttentionCall
 from .hook.install import REQUESTS, ModelPatcher, model_sites
 from .hook.requests import COND, EditWeights
+from .hook.run import prompt
 from .hook.sites import Heads, Site, check
 from .hook.tensors import index
 from .observer import NOBODY, Observer
@@ -26,20 +27,9 @@ Where = dict[tuple[str, str], tuple[int, ...] | None]
 Auto = Callable[[tuple[Site, ...], str], tuple[Site, ...]]
 
 
-def whole_picture(conds: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
-    """The first conditioning that is not limited to an area."""
-    return next((cond for cond in conds if "area" not in cond), None)
-
-
-def prompt(conds: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
-    """The conditioning that a run's words belong to: the first positive one for the whole picture, else the first one."""
-    positive = conds.get("positive") or ()
-    return whole_picture(positive) or next(iter(positive), None)
-
-
 def own_name(call: AttentionCall) -> Any:
     """ComfyUI's name of the conditioning that the words belong to; None outside a run, where prompts have no names."""
-    cond = None if call.run is None else prompt(call.run.conds)
+    cond = None if call.run is None else call.run.prompt
     return None if cond is None else cond.get("uuid")
 
 

@@ -173,9 +173,10 @@ class _SemanticCFG:
                 f"{METHOD} saw no attention in this step: another node replaces the model's attention layers, or samples "
                 "in a way that hides them. Take that node out, or end Semantic-aware CFG before it starts (end_percent)."
             )
-        conditional, unconditional = given[:2]
-        given[1] = maths.evened(conditional, unconditional, scale, self._ratio(now, args, conditional, unconditional, scale))
-        true = run.state[EVENED][1] if EVENED in run.state else unconditional
+        conditional, unconditional = (_picture(t) for t in given[:2])
+        ratio = self._ratio(now, args, conditional, unconditional, scale)
+        true = run.state[EVENED][1] if EVENED in run.state else given[1]
+        given[1] = maths.evened(conditional, unconditional, scale, ratio).reshape(true.shape)
         run.state[EVENED] = (given[1], true)
         return given
 
@@ -183,7 +184,7 @@ class _SemanticCFG:
         self, now: _Evaluation, args: Mapping[str, Any], conditional: Tensor, unconditional: Tensor, scale: float
     ) -> Tensor:
         """``γ_i / γ [B, H, W]`` of this evaluation; what is to be seen is shown."""
-        settings, x = self.settings, args["input"]
+        settings, x = self.settings, _picture(args["input"])
         owner, count = maths.ownership(self._parts(0, now, args), x)
         reference = torch.ones_like(owner, dtype=torch.bool)
         if settings.reference != IMAGE:
@@ -214,9 +215,19 @@ class _SemanticCFG:
                 continue
             part = comfy.samplers.get_area_and_mult(cond, x, args["sigma"])
             if part is not None:
-                _, _, top, left = part.area if part.area is not None else (0, 0, 0, 0)
-                out.append(maths.Part(now.maps[cond["uuid"], role].mean.to(x.device), (top, left), part.mult[:, 0].float()))
+                top, left = part.area[-2:] if part.area is not None else (0, 0)
+                mult = _picture(part.mult)[:, 0].float()
+                out.append(maths.Part(now.maps[cond["uuid"], role].mean.to(x.device), (top, left), mult))
         return out
+
+
+def _picture(latent: Tensor) -> Tensor:
+    """``[B, c, H, W]`` of a latent, which may be a film of one frame."""
+    if latent.ndim == 5 and latent.shape[2] > 1:
+        raise ValueError(
+            f"{METHOD} works on pictures, and this latent has {latent.shape[2]} frames; make one of them, or take the node out."
+        )
+    return latent[:, :, 0] if latent.ndim == 5 else latent
 
 
 def restore(args: Mapping[str, Any]) -> Tensor:

@@ -22,8 +22,10 @@ from .hook.sites import Heads, Site, check, select
 from .hook.tensors import index_or_slice
 
 AUTOMATIC = -1.0  # of a scale or a perturbation: what is usual for the model's family
-_SCALES = {"unet": 3.0, "sd3": 3.0, "flux": 8.0}  # section D.1 of the paper; a UNet's is PAG's
-_PERTURBATIONS = {"unet": 1.0, "sd3": 0.5, "flux": 0.5}  # figure 11; a UNet's is PAG's
+_SCALES = {"flux": 8.0}  # section D.1 of the paper, FLUX.1's
+_SCALE = 3.0  # SD3's there, and a UNet's by PAG; the paper has no other families
+_PERTURBATIONS = {"unet": 1.0}  # PAG's
+_PERTURBATION = 0.5  # figure 11, SD3's
 _DEPTH = (9 + 0.5) / 24  # layer 9 of SD3 medium's 24, one of its four best and the one of figures 9 and 14
 
 
@@ -57,19 +59,19 @@ class Perturbation:
 
 def scale_of(family: str, scale: float) -> float:
     """The scale itself, or the family's own for a negative one."""
-    return _SCALES[family] if scale < 0 else scale
+    return _SCALES.get(family, _SCALE) if scale < 0 else scale
 
 
 def perturbation_of(family: str, perturbation: float) -> float:
     """The perturbation itself, or the family's own for a negative one."""
-    return _PERTURBATIONS[family] if perturbation < 0 else perturbation
+    return _PERTURBATIONS.get(family, _PERTURBATION) if perturbation < 0 else perturbation
 
 
 def default_heads(family: str, sites: tuple[Site, ...]) -> Heads:
     """Where to perturb: a UNet's middle block, as PAG does; a transformer's layer at the depth of SD3 medium's layer 9.
 
     For FLUX the paper has no comparison of layers: its heads of quality are in early and middle layers, as SD3's (figure 22), so the same
-    depth is an analogy.
+    depth is an analogy; for families that the paper does not have, it is no more than that.
     """
     if family == "unet":
         names = [s.name for s in sites if s.name.startswith("middle.")]

@@ -14,6 +14,7 @@ import comfy.model_detection
 import comfy.supported_models
 import folder_paths
 import torch
+from comfy.ldm.flux.model import FluxParams
 
 from ..patches.head_presets import PRESETS as HEAD_PRESETS
 from ..patches.head_presets import fits, preset_heads
@@ -29,6 +30,28 @@ _UNET = {
     "model_channels": 320,
     "use_spatial_transformer": True,
     "legacy": False,
+}
+_NEWER: dict[str, Any] = (
+    {"txt_ids_dims": []} if "txt_ids_dims" in FluxParams.__dataclass_fields__ else {}
+)  # asked for after ComfyUI 0.3.75
+_FLUX2: dict[str, Any] = {
+    "image_model": "flux2",
+    "in_channels": 128,
+    "out_channels": 128,
+    "vec_in_dim": None,
+    "context_in_dim": 15360,
+    "mlp_ratio": 3.0,
+    "axes_dim": [32, 32, 32, 32],
+    "theta": 2000,
+    "patch_size": 1,
+    "qkv_bias": False,
+    "guidance_embed": True,
+    "global_modulation": True,
+    "mlp_silu_act": True,
+    "ops_bias": False,
+    "default_ref_method": "index",
+    "ref_index_scale": 10.0,
+    **({"txt_ids_dims": [3]} if _NEWER else {}),
 }
 # The published numbers, as ComfyUI finds them in the files themselves.
 PRESETS: dict[str, tuple[str, type, dict[str, Any]]] = {
@@ -100,6 +123,52 @@ PRESETS: dict[str, tuple[str, type, dict[str, Any]]] = {
             "patch_size": 2,
             "qkv_bias": True,
             "guidance_embed": True,
+            **_NEWER,
+        },
+    ),
+    "flux2": (
+        "FLUX.2 dev",
+        comfy.supported_models.Flux2,
+        {**_FLUX2, "hidden_size": 6144, "num_heads": 48, "depth": 8, "depth_single_blocks": 48},
+    ),
+    "flux2_klein": (
+        "FLUX.2 klein 4B",
+        comfy.supported_models.Flux2,
+        {
+            **_FLUX2,
+            "context_in_dim": 7680,
+            "guidance_embed": False,
+            "hidden_size": 3072,
+            "num_heads": 24,
+            "depth": 5,
+            "depth_single_blocks": 20,
+        },
+    ),
+    "qwen_image": (
+        "Qwen-Image",
+        comfy.supported_models.QwenImage,
+        {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60},
+    ),
+    "z_image": (
+        "Z-Image",
+        comfy.supported_models.ZImage,
+        {
+            "image_model": "lumina2",
+            "patch_size": 2,
+            "in_channels": 16,
+            "dim": 3840,
+            "cap_feat_dim": 2560,
+            "n_layers": 30,
+            "qk_norm": True,
+            "n_heads": 30,
+            "n_kv_heads": 30,
+            "axes_dims": [32, 48, 48],
+            "axes_lens": [1536, 512, 512],
+            "rope_theta": 256.0,
+            "ffn_dim_multiplier": 8.0 / 3.0,
+            "z_image_modulation": True,
+            "time_scale": 1000.0,
+            "pad_tokens_multiple": 32,
         },
     ),
 }

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
 
@@ -11,6 +11,8 @@ import comfy.model_patcher
 import comfy.sample
 import comfy.supported_models as supported
 import torch
+from comfy.ldm.chroma.model import ChromaParams
+from comfy.ldm.flux.model import FluxParams
 from torch import Tensor
 
 from attune.language.words import Phrase, Words
@@ -18,6 +20,7 @@ from attune.patches.hook.install import model_sites
 from attune.patches.hook.sites import Heads, Site, select
 
 WIDTH = 32  # of text tokens, and of the pooled text vector
+_NEWER = {"txt_ids_dims": []} if any(f.name == "txt_ids_dims" for f in fields(FluxParams)) else {}  # after ComfyUI 0.3.75
 _UNET = {
     "image_size": 16,
     "in_channels": 4,
@@ -90,11 +93,129 @@ CONFIGS: dict[str, tuple[type, dict[str, Any]]] = {
             "patch_size": 2,
             "qkv_bias": True,
             "guidance_embed": True,
+            **_NEWER,
         },
     ),
 }
+# Families that the contract in tests/patches/test_models.py runs on; a class that this ComfyUI lacks is not here.
+MORE: dict[str, tuple[type, dict[str, Any]]] = {
+    "flux2": (
+        supported.Flux2,
+        {
+            **CONFIGS["flux"][1],
+            "image_model": "flux2",
+            "in_channels": 128,
+            "out_channels": 128,
+            "vec_in_dim": None,
+            "axes_dim": [4, 4, 4, 4],
+            "theta": 2000,
+            "patch_size": 1,
+            "qkv_bias": False,
+            "global_modulation": True,
+            "mlp_silu_act": True,
+            "ops_bias": False,
+            "default_ref_method": "index",
+            "ref_index_scale": 10.0,
+            **({"txt_ids_dims": [3]} if _NEWER else {}),
+        },
+    ),
+    "chroma": (
+        supported.Chroma,
+        {
+            **{k: v for k, v in CONFIGS["flux"][1].items() if k in ChromaParams.__dataclass_fields__},
+            "image_model": "chroma",
+            "in_channels": 64,
+            "out_channels": 64,
+            "in_dim": 64,
+            "out_dim": 64,
+            "hidden_dim": 64,
+            "n_layers": 1,
+        },
+    ),
+    "qwen_image": (
+        supported.QwenImage,
+        {
+            "image_model": "qwen_image",
+            "num_layers": 3,
+            "attention_head_dim": 16,
+            "num_attention_heads": 4,
+            "joint_attention_dim": WIDTH,
+            "axes_dims_rope": (4, 6, 6),
+        },
+    ),
+    "lumina2": (
+        supported.Lumina2,
+        {
+            "image_model": "lumina2",
+            "in_channels": 16,
+            "dim": 64,
+            "n_layers": 3,
+            "n_refiner_layers": 1,
+            "n_heads": 4,
+            "n_kv_heads": 2,
+            "multiple_of": 16,
+            "cap_feat_dim": WIDTH,
+            "axes_dims": [4, 6, 6],
+            "axes_lens": [300, 512, 512],
+            "qk_norm": True,
+        },
+    ),
+}
+MORE["z_image"] = (
+    supported.ZImage,
+    {
+        **MORE["lumina2"][1],
+        "dim": 256,  # its modulation is not smaller
+        "axes_dims": [16, 24, 24],
+        "n_kv_heads": 4,
+        "z_image_modulation": True,
+        "pad_tokens_multiple": 8,
+        "time_scale": 1000.0,
+    },
+)
+if hasattr(supported, "Krea2"):
+    MORE["krea2"] = (
+        supported.Krea2,
+        {
+            "image_model": "krea2",
+            "features": 64,
+            "tdim": 32,
+            "txtdim": WIDTH // 2,
+            "txtlayers": 2,
+            "heads": 4,
+            "kvheads": 2,
+            "txtheads": 2,
+            "txtkvheads": 2,
+            "layers": 3,
+        },
+    )
 CONFIGS["sd35"] = (supported.SD3, {**CONFIGS["sd3"][1], "x_block_self_attn_layers": [0, 1]})
 NAMES = ("sd15", "sdxl", "sd3", "sd35", "flux")
+EVERY = (*NAMES, *MORE)  # for the tests that hold each method against itself written out
+_OUTSIDE = {"lumina2": 2, "z_image": 2, "krea2": 4}  # calls of attention in a forward before those at sites
+_MULTIPLE = {"z_image": 8}  # text and image are padded to
+_BEFORE = {"flux2": 512}  # tokens that text is lengthened to, by zeros before it
+
+
+def text_tokens(model: Any, words: int = 7) -> slice:
+    """Which tokens of joint attention are the prompt's."""
+    end = max(_BEFORE.get(model_sites(model)[0], 0), words)
+    return slice(end - words, end)
+
+
+def image_tokens(model: Any, size: tuple[int, int], tokens: int) -> tuple[tuple[int, int], slice]:
+    """The image's grid in a transformer's joint attention of so many tokens, and which of them it is."""
+    family, sites = model_sites(model)
+    grid = -(-size[0] // sites[0].stride), -(-size[1] // sites[0].stride)
+    count = grid[0] * grid[1]
+    end = tokens - -count % _MULTIPLE.get(family, 1)
+    return grid, slice(end - count, end)
+
+
+def calls_of(model: Any) -> list[tuple[str, str]]:
+    """Every call of attention of a forward in order: its site's name and kind, or two empty texts."""
+    family, sites = model_sites(model)
+    return [("", "")] * _OUTSIDE.get(family, 0) + [(s.name, kind) for s in sites for kind in s.kinds]
 
 
 @torch.no_grad()
@@ -111,7 +232,7 @@ def initialise(module: torch.nn.Module) -> None:
 
 def build(name: str, **changes: Any) -> comfy.model_patcher.ModelPatcher:
     """A MODEL on the CPU in float32."""
-    base, numbers = CONFIGS[name]
+    base, numbers = {**CONFIGS, **MORE}[name]
     numbers = {**numbers, **changes}
     config = type(base.__name__, (base,), {"unet_config": numbers, "unet_extra_config": {}})(numbers)
     config.set_inference_dtype(torch.float32, None)
@@ -135,8 +256,11 @@ def text(seed: int, tokens: int = 7, **more: Any) -> list[Any]:
 
 
 def latent(model: comfy.model_patcher.ModelPatcher, height: int = 8, width: int = 8, batch: int = 1) -> Tensor:
-    """An empty latent for this model."""
-    return torch.zeros(batch, model.model.latent_format.latent_channels, height, width)
+    """An empty latent for this model; half as wide where a latent pixel is a token, so that text is not lost among them."""
+    if model_sites(model)[1][0].stride == 1 and model_sites(model)[0] != "unet":
+        height, width = -(-height // 2), -(-width // 2)
+    flat = torch.zeros(batch, model.model.latent_format.latent_channels, height, width)
+    return flat.unsqueeze(2) if model.model.latent_format.latent_dimensions == 3 else flat
 
 
 def sample(
@@ -208,13 +332,15 @@ def written_out(model: Any, change: Callable[[Seen], Tensor], size: tuple[int, i
         size: of the latent, and ``words`` of the text, where attention is joint.
     """
     family, sites = model_sites(model)
-    calls = [(s, kind) for s in sites for kind in s.kinds]
+    calls, by_name = calls_of(model), {site.name: site for site in sites}
     patched = model.clone()
-    count = [0]
+    count, real = [0], tuple(latent(model, *size).shape[-2:])
 
     def override(func, q, k, v, heads, *rest, **kwargs):
-        site, kind = calls[count[0] % len(calls)]
+        name, kind = calls[count[0] % len(calls)]
         count[0] += 1
+        if not kind:
+            return func(q, k, v, heads, *rest, **kwargs)
         if not kwargs.get("skip_reshape"):
             q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
         a, b, c = q.double(), k.double(), v.double()
@@ -224,19 +350,20 @@ def written_out(model: Any, change: Callable[[Seen], Tensor], size: tuple[int, i
         pictures = len(q) // len(chunks)
         queries, keys = weights.shape[-2:]
         joint = kind == "joint"
-        first = words if joint else 0
-        shape = options["activations_shape"][-2:] if family == "unet" else [-(-side // 2) for side in size]
+        shape, image = image_tokens(model, real, queries)
+        if family == "unet":
+            shape, image = tuple(options["activations_shape"][-2:]), slice(0, queries)
         seen = Seen(
-            site,
+            by_name[name],
             kind,
             weights,
             c,
             [role for role in chunks for _ in range(pictures)],
             [uuid for uuid in options["uuids"] for _ in range(pictures)],
-            (shape[0], shape[1]),
-            slice(first, queries),
-            slice(0, words) if joint else slice(0, keys),
-            slice(first, keys) if joint else slice(0, keys),
+            shape,
+            image,
+            text_tokens(model, words) if joint else slice(0, keys),
+            image if joint else slice(0, keys),
             int((options["sample_sigmas"] >= options["sigmas"][0] * (1 - 1e-6)).sum()) - 1,
         )
         return change(seen).transpose(1, 2).flatten(2).to(q.dtype)

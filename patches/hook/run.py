@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,6 +15,17 @@ from .sites import Site
 
 RUN = "attune_run"  # in transformer_options: the `SamplingRun`
 EXTRA = "attune_pass"  # in transformer_options: the `ExtraForward`
+
+
+def whole_picture(conds: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
+    """The first conditioning that is not limited to an area."""
+    return next((cond for cond in conds if "area" not in cond), None)
+
+
+def prompt(conds: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
+    """The conditioning that a run's words belong to: the first positive one for the whole picture, else the first one."""
+    positive = conds.get("positive") or ()
+    return whole_picture(positive) or next(iter(positive), None)
 
 
 @dataclass
@@ -43,6 +54,11 @@ class SamplingRun:
     lock: threading.Lock = field(default_factory=threading.Lock)
     met: set[Any] = field(default_factory=set)
     met_in: Any = None
+
+    @property
+    def prompt(self) -> dict[str, Any] | None:
+        """The conditioning that words belong to (see `prompt`)."""
+        return prompt(self.conds)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> SamplingRun:
         """Cloning a model copies what is on it: a run is one, whoever copies its options."""

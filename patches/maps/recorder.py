@@ -13,9 +13,9 @@ from ...methods import maps as maths
 from ..hook.call import AttentionCall
 from ..hook.install import ModelPatcher, model_sites, request
 from ..hook.requests import COND, PIXELS, ReadWeights
+from ..hook.run import whole_picture
 from ..hook.sites import Heads, Site, check
 from ..observer import NOBODY, Observer
-from ..prompts import whole_picture
 from .layers import auto_sites
 from .record import BOTH, CROSS, DEVICES, KINDS, PRECISIONS, SELF, STEPS, Maps, Place, Record, Settings
 

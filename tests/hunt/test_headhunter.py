@@ -115,10 +115,12 @@ SETS = {
     "sd3": [(("joint.1", 0),), (("joint.2", 2), ("joint.0", 1)), (), (("joint.2", 1),)],
     "sd35": [(("joint.1", 0),), (("joint.2", 2), ("joint.0", 1)), (("joint.1", 1),)],
     "flux": [(("single.2", 0),), (("double.1", 1),), (("double.1", 2), ("single.1", 3)), ()],
+    "qwen_image": [(("joint.1", 0),), (("joint.2", 2), ("joint.0", 1)), ()],
+    "z_image": [(("joint.1", 0),), (("joint.2", 2), ("joint.0", 1)), ()],
 }
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", SETS)
 @pytest.mark.parametrize(("cfg", "u", "start"), [(3.0, 1.0, 0.0), (1.0, 0.6, 0.3)])
 def test_a_batched_candidate_is_softpag_alone(name, cfg, u, start):
     settings = Settings(7, 4, cfg, "euler", "simple", 2.0, u, start)

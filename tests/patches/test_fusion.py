@@ -56,7 +56,7 @@ def test_clip_and_t5_are_fused_apart():
 # --- runs ---
 
 
-@pytest.mark.parametrize(("name", "tokens"), [*((n, 7) for n in families.NAMES), ("sd15", 11), ("sdxl", 11)])  # 11: two batches
+@pytest.mark.parametrize(("name", "tokens"), [*((n, 7) for n in families.EVERY), ("sd15", 11), ("sdxl", 11)])  # 11: two batches
 def test_equals_the_written_out_run(name, tokens):
     model, settings = families.shared(name), {**TWO, "negative": families.text(2, tokens)}
     ours = sample(fusion.apply(model, PHRASES, 0.8), **settings)

@@ -74,7 +74,7 @@ def slow(model, gates_of, size):
 
 
 @pytest.mark.parametrize("mode", gate.MODES)
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.EVERY)
 def test_equals_the_written_out_run(name, mode):
     model, scorer = families.shared(name), Fake()
     settings = {"steps": 5, "size": (8, 12), "batch": 2}

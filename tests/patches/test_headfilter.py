@@ -24,7 +24,8 @@ CHOSEN = {
     "sdxl": "middle.0.*:1 output.1.1:0,2-3",
     "sd3": "joint.1:0,2",
     "sd35": "joint.0:1 joint.1:0",
-    "flux": "double.1:1-2 single.0:3",
+    **dict.fromkeys(("flux", "flux2", "chroma"), "double.1:1-2 single.0:3"),
+    **dict.fromkeys(("qwen_image", "lumina2", "z_image", "krea2"), "joint.1:0,2"),
 }
 
 
@@ -56,7 +57,7 @@ def slow(model, chosen, kinds, others, size=(8, 8)):
 
 
 @pytest.mark.parametrize("others", maths.OTHERS)
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.EVERY)
 def test_equals_the_written_out_run(name, others):
     model = families.shared(name)
     chosen = heads_of(model, CHOSEN[name])

@@ -203,13 +203,14 @@ def test_conditionings_on_threads_give_the_same_to_the_bit(name, areas, monkeypa
         close(sample(patched, **settings), right, 1e-6)
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.EVERY)
 def test_ratios_of_one_are_plain_cfg_to_the_bit(name):
     model = families.shared(name)
     patched, maps = scfg.apply(model, ONES)
     assert torch.equal(sample(patched), sample(model))
     assert len(maps.records) == 1 and maps.record().cross  # it did look
-    assert not torch.equal(sample(scfg.apply(model)[0]), sample(model))
+    changed = [not torch.equal(sample(scfg.apply(model)[0], seed=seed), sample(model, seed=seed)) for seed in (0, 2)]
+    assert any(changed)  # a random model may have one region only
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m_sde", "ddim"])

@@ -29,8 +29,7 @@ def differs(a, b):
 
 def naive(model, scale, u, heads, tokens="all"):
     """SoftPAG in a full second pass, one head and one row at a time, softmax written out; sites are known by counting calls."""
-    sites = model_sites(model)[1]
-    calls = [(s.name, kind) for s in sites for kind in s.kinds]
+    calls = families.calls_of(model)
     chosen = dict(heads.chosen)
     patched = model.clone()
 
@@ -51,9 +50,10 @@ def naive(model, scale, u, heads, tokens="all"):
             if not kwargs.get("skip_reshape"):
                 q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
             d = q.shape[-1]
-            image = args["input"].shape[-2:]
-            first = 0 if kind == "self" else q.shape[2] - -(-image[0] // 2) * -(-image[1] // 2)
-            own = {"all": slice(0, None), "image": slice(first, None), "text": slice(0, first)}[tokens]
+            image = slice(0, None)
+            if kind == "joint":
+                _, image = families.image_tokens(model, args["input"].shape[-2:], q.shape[2])
+            own = {"all": slice(0, None), "image": image, "text": families.text_tokens(model)}[tokens]
             for row in range(len(q)):
                 for h in chosen[name]:
                     attended = (q[row, h] @ k[row, h].T / d**0.5).softmax(-1) @ v[row, h]
@@ -120,11 +120,12 @@ SELECTIONS = {
     "sdxl": "middle.0.1:0-2 output.1.0:3",
     "sd3": "joint.1:0,2 joint.2:1",
     "sd35": "joint.0:1 joint.2:0,1",
-    "flux": "double.1:0,3 single.1:1-2",
+    **dict.fromkeys(("flux", "flux2", "chroma"), "double.1:0,3 single.1:1-2"),
+    **dict.fromkeys(("qwen_image", "lumina2", "z_image", "krea2"), "joint.1:0,2 joint.2:1"),
 }
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.EVERY)
 @pytest.mark.parametrize(("cfg", "u", "size", "batch"), [(3.0, 0.3, (7, 10), 2), (1.0, 1.0, (8, 8), 1)])
 def test_any_heads_equal_the_naive_reference(name, cfg, u, size, batch):
     model = families.shared(name)
@@ -137,7 +138,7 @@ def test_any_heads_equal_the_naive_reference(name, cfg, u, size, batch):
     differs(ours, sample(model, **settings))
 
 
-@pytest.mark.parametrize("name", ["sd3", "sd35", "flux"])
+@pytest.mark.parametrize("name", [name for name in families.EVERY if name not in ("sd15", "sdxl")])
 @pytest.mark.parametrize("tokens", ["all", "image", "text"])
 def test_the_tokens_of_joint_attention(name, tokens):
     model = families.shared(name)
@@ -291,6 +292,11 @@ FIRST = [
     ("flux", "double.1", ("double_blocks", 1)),
     ("flux", "single.0", ("single_blocks", 0)),
     ("flux", "single.2", ("single_blocks", 2)),
+    ("flux2", "double.1", ("double_blocks", 1)),
+    ("chroma", "single.1", ("single_blocks", 1)),
+    ("qwen_image", "joint.2", ("transformer_blocks", 2)),
+    ("z_image", "joint.1", ("layers", 1)),
+    *([("krea2", "joint.2", ("blocks", 2))] if "krea2" in families.MORE else []),
 ]
 
 

@@ -5,6 +5,7 @@ import json
 import folder_paths
 import pytest
 import torch
+from comfy.ldm.flux.model import FluxParams
 from safetensors.torch import save_file
 
 from attune.patches.hook.install import model_sites
@@ -15,7 +16,17 @@ from attune.tests import families
 
 
 @pytest.mark.parametrize(
-    ("name", "layers", "heads"), [("sd15", 16, 128), ("sdxl", 70, 1300), ("sd3", 24, 576), ("flux", 57, 1368)]
+    ("name", "layers", "heads"),
+    [
+        ("sd15", 16, 128),
+        ("sdxl", 70, 1300),
+        ("sd3", 24, 576),
+        ("flux", 57, 1368),
+        ("flux2", 56, 2688),
+        ("flux2_klein", 25, 600),
+        ("qwen_image", 60, 1440),
+        ("z_image", 30, 900),
+    ],
 )
 def test_a_published_architecture_has_its_heads(name, layers, heads):
     found = layouts.preset(name)
@@ -39,10 +50,12 @@ def checkpoints(tmp_path, monkeypatch):
     folder_paths.filename_list_cache.pop("checkpoints", None)
 
 
-@pytest.mark.parametrize("name", layouts.PRESETS)
+@pytest.mark.parametrize("name", [name for name in layouts.PRESETS if name != "flux2"])  # 32 GB cannot be mapped everywhere
 def test_a_file_tells_its_layout_by_its_header(name, checkpoints):
     """A file of the real size, with the real names and shapes, and holes where the weights would be."""
     _, base, numbers = layouts.PRESETS[name]
+    if name == "flux2_klein" and "txt_ids_dims" not in FluxParams.__dataclass_fields__:
+        pytest.skip("this ComfyUI takes every FLUX.2 for dev")
     config = base(dict(numbers))
     config.set_inference_dtype(torch.float16, None)
     header, size = {}, 0

@@ -9,11 +9,14 @@ from torch import nn
 
 from ..sites import Site
 from .base import Family
-from .flux import Flux
+from .flux import Chroma, Flux, Flux2
+from .krea2 import Krea2
+from .lumina import Lumina2, ZImage
+from .qwen_image import QwenImage
 from .sd3 import SD3
 from .unet import UNet
 
-FAMILIES: tuple[type[Family], ...] = (UNet, SD3, Flux)
+FAMILIES: tuple[type[Family], ...] = (UNet, SD3, Flux, Flux2, Chroma, QwenImage, ZImage, Lumina2, Krea2)
 
 
 def family_of(diffusion_model: nn.Module) -> Family:
@@ -27,12 +30,12 @@ def family_of(diffusion_model: nn.Module) -> Family:
             return kind(diffusion_model)
     raise ValueError(
         f"Attune does not know the model class {type(diffusion_model).__name__}. "
-        "It works with SD1.5, SD2, SDXL (UNet), SD3 / SD3.5 (MMDiT) and FLUX.1, not with FLUX.2; connect one of these."
+        "It works with SD1.5, SD2, SDXL, SD3 and SD3.5, FLUX.1, FLUX.2, Chroma, Qwen-Image, Z-Image, Lumina 2 and Krea 2; connect one of these."
     )
 
 
 def family(diffusion_model: nn.Module) -> str:
-    """``unet``, ``sd3`` or ``flux``.
+    """The name of a model's family, as ``unet`` or ``flux``.
 
     Raises:
         ValueError: for a model that this pack has no sites for.

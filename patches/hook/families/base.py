@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor, nn
@@ -40,13 +41,15 @@ class Family:
 
     Attributes:
         name: as it is in head sets and files; it never changes.
+        classes: ComfyUI's names of the diffusion model's class, where they tell; another class, also one made from it, is another kind.
         known_by: attributes that a diffusion model of this kind has.
         containers: attributes that hold its blocks, in order of execution, and what the blocks' sites are called.
         skips: whether later blocks take the outputs of all blocks before them, not only of the last.
     """
 
     name: ClassVar[str]
-    known_by: ClassVar[tuple[str, ...]]
+    classes: ClassVar[tuple[str, ...]] = ()
+    known_by: ClassVar[tuple[str, ...]] = ()
     containers: ClassVar[tuple[tuple[str, str], ...]]
     skips: ClassVar[bool] = False
 
@@ -56,7 +59,8 @@ class Family:
     @classmethod
     def fits(cls, diffusion_model: nn.Module) -> bool:
         """Whether a diffusion model is of this kind."""
-        return all(hasattr(diffusion_model, a) for a in (*cls.known_by, *dict(cls.containers)))
+        named = not cls.classes or type(diffusion_model).__name__ in cls.classes
+        return named and all(hasattr(diffusion_model, a) for a in (*cls.known_by, *dict(cls.containers)))
 
     @property
     def attributes(self) -> Iterable[str]:
@@ -102,22 +106,23 @@ class Family:
 class Replayed(nn.Module):
     """Stands in for a transformer's block: returns what was recorded, or what the block before it gave."""
 
-    def __init__(self, recorded: tuple[Tensor, ...] | None):
+    def __init__(self, recorded: tuple[Tensor, ...] | None, handed_on: Callable[..., Any]):
         super().__init__()
-        self.recorded = recorded
+        self.recorded, self.handed_on = recorded, handed_on
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
-        if self.recorded is not None:
-            device = next(t.device for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
-            # A copy: ComfyUI adds ControlNet's residuals in place.
-            copies = tuple(t.to(device, copy=True) for t in self.recorded)
-            return copies if len(copies) > 1 else copies[0]
-        if "img" in kwargs:
-            return kwargs["img"], kwargs["txt"]
-        return args[:2] if len(args) > 1 else args[0]
+        if self.recorded is None:
+            return self.handed_on(*args, **kwargs)
+        device = next(t.device for t in (*args, *kwargs.values()) if isinstance(t, Tensor))
+        # A copy: ComfyUI adds ControlNet's residuals in place.
+        copies = tuple(t.to(device, copy=True) for t in self.recorded)
+        return copies if len(copies) > 1 else copies[0]
 
 
-HANDS_ON = Replayed(None)  # the same for all, as it holds nothing
+@cache
+def _hands_on(handed_on: Callable[..., Any]) -> Replayed:
+    """The same for all blocks of a kind, as it holds nothing."""
+    return Replayed(None, handed_on)
 
 
 class Transformer(Family):
@@ -127,12 +132,22 @@ class Transformer(Family):
         """Of a block: its heads, and the kinds of its calls of attention in order."""
         raise NotImplementedError
 
+    @staticmethod
+    def handed_on(*args: Tensor, **kwargs: Any) -> Any:
+        """What a block of these arguments would give if it did nothing."""
+        return args[0]
+
+    @property
+    def patch(self) -> int:
+        """Latent pixels per image token, along each side."""
+        return int(self.model.patch_size)
+
     def sites(self) -> list[Site]:
         found: list[Site] = []
         for attribute, number in self.blocks():
             heads, kinds = self.attention(self.block((attribute, number)))
             name = f"{dict(self.containers)[attribute]}.{number}"
-            found.append(Site(name, heads, kinds, len(found), (attribute, number), self.model.patch_size))
+            found.append(Site(name, heads, kinds, len(found), (attribute, number), self.patch))
         return found
 
     def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
@@ -158,15 +173,42 @@ class Transformer(Family):
         return Around(self.block(block), act)
 
     def replay(self, block: Block, recorded: tuple[Tensor, ...] | None) -> nn.Module:
-        return HANDS_ON if recorded is None else Replayed(recorded)
+        return _hands_on(self.handed_on) if recorded is None else Replayed(recorded, self.handed_on)
 
-    def text_before(self, forward: Forward, joint: int) -> tuple[int, int]:
-        """Tokens before the image, and how many of them, at their end, are the prompt's; ``joint`` tokens are not of the image."""
-        return joint, joint
+    def layout(self, forward: Forward, joint: int) -> tuple[slice, int]:
+        """The prompt's tokens, and where the image begins; of a joint call, ``joint`` tokens are not of the image's grid."""
+        return slice(0, joint), joint
 
     def tokens(self, forward: Forward, queries: int, keys: int) -> Tokens:
-        patch = self.model.patch_size
-        height, width = ((n + patch - 1) // patch for n in forward.x.shape[-2:])
+        height, width = (-(-n // self.patch) for n in forward.x.shape[-2:])
         count = height * width
-        before, prompt = self.text_before(forward, keys - count if forward.kind == "joint" else 0)
-        return Tokens(height, width, slice(before, before + count), slice(before - prompt, before))
+        text, begin = self.layout(forward, keys - count if forward.kind == "joint" else 0)
+        return Tokens(height, width, slice(begin, begin + count), text)
+
+
+class TextFirst(Transformer):
+    """A transformer whose joint attention has the text first, then the image, then the tokens of reference pictures."""
+
+    def __init__(self, diffusion_model: Any):
+        super().__init__(diffusion_model)
+        self.before = 0  # tokens before the image; other packs may put tokens of their own before the prompt's
+
+    def locate(self, forward: Forward) -> dict[Block, Callable[..., Any]]:
+        def count(args: dict[str, Any]) -> dict[str, Any]:
+            self.before = args["txt"].shape[1]
+            return args
+
+        patches = dict(forward.options.get("patches", {}))
+        forward.options["patches"] = {**patches, "post_input": [*patches.get("post_input", ()), count]}
+        return super().locate(forward)
+
+    def layout(self, forward: Forward, joint: int) -> tuple[slice, int]:
+        if forward.context is None:
+            return slice(0, joint), joint
+        given = forward.context.shape[1]
+        before = self.before or given
+        return slice(before - self.prompt(forward, given), before), before
+
+    def prompt(self, forward: Forward, given: int) -> int:
+        """How many of the ``given`` tokens of text, at their end, are the prompt's."""
+        return given

@@ -1,50 +1,67 @@
-"""FLUX.1: joint attention in double and single blocks, text first, then the image, then reference pictures."""
+"""FLUX.1, FLUX.2 and Chroma: joint attention in double and single blocks, text first, then the image, then reference pictures."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-from torch import nn
+from torch import Tensor, nn
 
-from .base import Block, Transformer
+from .base import TextFirst
 
 if TYPE_CHECKING:
     from ..forward import Forward
 
 
-class Flux(Transformer):
-    """ComfyUI's ``Flux``."""
+class Flux(TextFirst):
+    """ComfyUI's ``Flux`` with FLUX.1's blocks."""
 
     name = "flux"
-    known_by = ("img_in", "time_in")  # Chroma has no time_in
+    known_by = ("img_in", "time_in")
     containers = (("double_blocks", "double"), ("single_blocks", "single"))
-
-    def __init__(self, diffusion_model: Any):
-        super().__init__(diffusion_model)
-        self.before = 0  # tokens before the image; other packs may put tokens of their own before the prompt's
 
     @classmethod
     def fits(cls, diffusion_model: nn.Module) -> bool:
         flat = isinstance(getattr(diffusion_model, "patch_size", None), int)  # HunyuanVideo's has three sides
-        params = getattr(diffusion_model, "params", None)
-        second = getattr(params, "global_modulation", False)  # FLUX.2: the same class, other blocks
-        return flat and not second and super().fits(diffusion_model)
+        # The same class with other blocks is FLUX.2; without the pooled text it is a model that this pack has not met (Ovis, LongCat).
+        own = not _second(diffusion_model) and getattr(diffusion_model, "vector_in", None) is not None
+        return flat and own and super().fits(diffusion_model)
 
     def attention(self, block: Any) -> tuple[int, tuple[str, ...]]:
         return block.num_heads, ("joint",)
 
-    def locate(self, forward: Forward) -> dict[Block, Callable[..., Any]]:
-        def count(args: dict[str, Any]) -> dict[str, Any]:
-            self.before = args["txt"].shape[1]
-            return args
+    @staticmethod
+    def handed_on(*args: Tensor, **kwargs: Any) -> Any:
+        return args[0] if args else (kwargs["img"], kwargs["txt"])
 
-        patches = dict(forward.options.get("patches", {}))
-        forward.options["patches"] = {**patches, "post_input": [*patches.get("post_input", ()), count]}
-        return super().locate(forward)
 
-    def text_before(self, forward: Forward, joint: int) -> tuple[int, int]:
-        if forward.context is None:
-            return joint, joint
-        prompt = forward.context.shape[1]
-        return self.before or prompt, prompt
+class Flux2(Flux):
+    """The same class with FLUX.2's blocks (dev, Klein), which share their modulation."""
+
+    name = "flux2"
+    classes = ("Flux",)
+
+    @classmethod
+    def fits(cls, diffusion_model: nn.Module) -> bool:
+        return _second(diffusion_model) and super(Flux, cls).fits(diffusion_model)
+
+    def prompt(self, forward: Forward, given: int) -> int:
+        # ComfyUI puts zeros before a short text. What is asked of words is asked of the run's own prompt.
+        cond = None if forward.run is None else forward.run.prompt
+        text = None if cond is None else cond.get("cross_attn")
+        return min(text.shape[1], given) if isinstance(text, Tensor) else given
+
+
+class Chroma(Flux):
+    """ComfyUI's ``Chroma``, not Chroma Radiance."""
+
+    name = "chroma"
+    classes = ("Chroma",)
+    known_by = ("img_in", "distilled_guidance_layer")
+
+    @classmethod
+    def fits(cls, diffusion_model: nn.Module) -> bool:
+        return super(Flux, cls).fits(diffusion_model)
+
+
+def _second(diffusion_model: nn.Module) -> bool:
+    return bool(getattr(getattr(diffusion_model, "params", None), "global_modulation", False))

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+from torch import Tensor
+
 from ..sites import Site
 from .base import Transformer
 
@@ -22,6 +24,10 @@ class SD3(Transformer):
     def attention_module(self, site: Site, kind: str) -> Any:
         block = self.block(site.block).x_block
         return block.attn2 if kind == "self" else block.attn
+
+    @staticmethod
+    def handed_on(*args: Tensor, **kwargs: Any) -> Any:
+        return args[:2]
 
     def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         # These blocks checkpoint themselves under gradients; run again, they would count our calls twice.

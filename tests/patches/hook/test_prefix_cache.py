@@ -93,6 +93,7 @@ FIRST = [
     ("sd35", "joint.1"),
     ("flux", "double.1"),
     ("flux", "single.1"),
+    ("qwen_image", "joint.1"),
 ]
 
 

@@ -29,6 +29,7 @@ CALLS: dict[str, list[Place]] = {
     "sd35": [("joint.0", "joint"), ("joint.0", "self"), ("joint.1", "joint"), ("joint.1", "self"), ("joint.2", "joint")],
     "flux": [(s, "joint") for s in ("double.0", "double.1", "single.0", "single.1", "single.2")],
 }
+CALLS |= {name: families.calls_of(families.shared(name)) for name in ("qwen_image", "flux2")}
 JOINT = [("sd3", "joint.1"), ("sd35", "joint.0"), ("flux", "double.1"), ("flux", "single.1")]
 TEXT = 7  # tokens of `families.text`
 SELF, CROSS = ("middle.0.0", "self"), ("middle.0.0", "cross")
@@ -346,6 +347,37 @@ def test_reference_pictures_and_masks_of_flux(site: str) -> None:
     settings = {"positive": families.text(1, **more), "negative": families.text(2, **more), "steps": 1}
     ours = sample(with_requests(model, *requests), **settings)
     close(ours, sample(reference(model, "flux", {place: change}), **settings))
+    differs(ours, sample(model, **settings))
+    torch.testing.assert_close(seen[0], right[0], rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.parametrize(("name", "site", "before"), [("qwen_image", "joint.1", TEXT), ("flux2", "single.1", 512)])
+def test_reference_pictures_of_others(name: str, site: str, before: int) -> None:
+    """Tokens after the image are neither image nor text; of a text that ComfyUI lengthens at its beginning, the prompt is the end."""
+    model, place = families.shared(name), (site, "joint")
+    shape = families.latent(model, 8, 6).shape
+    picture = torch.randn(shape, generator=torch.Generator().manual_seed(3))
+    extra, count = 4 * 3, families.latent(model, 8, 8).shape[-1] ** 2 // (1 if name == "flux2" else 4)
+    image = slice(before, before + count)
+    seen: list[Tensor] = []
+    right: list[Tensor] = []
+
+    def change(q: Tensor, k: Tensor, v: Tensor, roles: Tensor) -> Tensor:
+        assert q.shape[2] == before + count + extra
+        weights = softmax(q, k)
+        right.append(weights[roles == 0][:, :, image, before - TEXT : before])
+        out = weights @ v
+        out[:, 2, image] = v[:, 2, image]
+        return out
+
+    requests = [
+        ReadWeights({place: None}, lambda call, w: seen.append(w), rows="cond"),
+        BlendOutputs({place: (2,)}, lambda call, heads: heads.v),
+    ]
+    more = {"reference_latents": [picture]}
+    settings = {"positive": families.text(1, **more), "negative": families.text(2, **more), "steps": 1}
+    ours = sample(with_requests(model, *requests), **settings)
+    close(ours, sample(reference(model, name, {place: change}), **settings))
     differs(ours, sample(model, **settings))
     torch.testing.assert_close(seen[0], right[0], rtol=1e-3, atol=1e-5)
 

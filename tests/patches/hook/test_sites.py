@@ -1,9 +1,12 @@
 """Names of attention sites, and the grammar that selects heads."""
 
+from inspect import signature
+
 import pytest
 import torch
+from comfy.ldm.hunyuan_video.model import HunyuanVideoParams
 
-from attune.patches.hook.families import family
+from attune.patches.hook.families import FAMILIES, family
 from attune.patches.hook.install import model_sites
 from attune.patches.hook.sites import check, select
 from attune.tests import families
@@ -16,7 +19,8 @@ EXPECTED = {
         4,
     ),
     "sd3": ("joint.0 joint.1 joint.2", ("joint",), 3),
-    "flux": ("double.0 double.1 single.0 single.1 single.2", ("joint",), 4),
+    **dict.fromkeys(("flux", "flux2", "chroma"), ("double.0 double.1 single.0 single.1 single.2", ("joint",), 4)),
+    **{name: ("joint.0 joint.1 joint.2", ("joint",), 4) for name in families.MORE if name not in ("flux2", "chroma")},
 }
 
 
@@ -105,8 +109,8 @@ def test_numbers_far_too_high_are_refused_too(selection, words):
 
 
 def test_models_that_look_like_flux_are_refused():
-    """HunyuanVideo has double and single blocks too, but three sides to a patch; Chroma has no time embedding of FLUX's kind."""
-    from comfy.ldm.chroma.model import Chroma
+    """HunyuanVideo has double and single blocks too, but three sides to a patch; Chroma Radiance draws pixels, Ovis has no pooled text."""
+    from comfy.ldm.chroma_radiance.model import ChromaRadiance
     from comfy.ldm.hunyuan_video.model import HunyuanVideo
     from comfy.ops import disable_weight_init
 
@@ -127,26 +131,25 @@ def test_models_that_look_like_flux_are_refused():
         "operations": disable_weight_init,
     }
     absent = {"byt5": False, "meanflow": False, "use_cond_type_embedding": False, "vision_in_dim": None}
+    absent |= {name: False for name in ("meanflow_sum",) if name in signature(HunyuanVideoParams).parameters}
     video = HunyuanVideo(
         image_model="hunyuan_video", patch_size=[1, 2, 2], vec_in_dim=16, guidance_embed=False, **absent, **small
     )
-    chroma = Chroma(image_model="chroma", patch_size=2, in_dim=8, out_dim=64, hidden_dim=16, n_layers=1, **small)
-    for model in (video, chroma):
+    pixels = type("ChromaRadiance", (type(families.shared("chroma").model.diffusion_model),), {})
+    assert ChromaRadiance.__name__ == pixels.__name__
+    like_chroma = object.__new__(pixels)
+    like_chroma.__dict__ = families.shared("chroma").model.diffusion_model.__dict__
+    ovis = families.build("flux", vec_in_dim=None).model.diffusion_model
+    for model in (video, like_chroma, ovis):
         with pytest.raises(ValueError, match=f"does not know the model class {type(model).__name__}"):
             family(model)
 
 
-def test_flux_2_is_not_taken_for_flux():
-    """ComfyUI makes both of one class; only one of them has modulation that all blocks share."""
-    from attune.tests.families import CONFIGS
-
-    for second in (False, True):
-        extra = {"global_modulation": True, "mlp_silu_act": True, "qkv_bias": False} if second else {}
-        config = CONFIGS["flux"][0]({**CONFIGS["flux"][1], **extra})
-        config.set_inference_dtype(torch.float32, None)
-        model = config.get_model({}, "", device="cpu").diffusion_model
-        if second:
-            with pytest.raises(ValueError, match=r"FLUX\.1, not with FLUX\.2"):
-                family(model)
-        else:
-            assert family(model) == "flux"
+@pytest.mark.parametrize("name", families.EVERY)
+def test_every_model_is_of_one_family_only(name):
+    model = families.shared(name).model.diffusion_model
+    fitting = [kind.name for kind in FAMILIES if kind.fits(model)]
+    if name == "z_image":  # ComfyUI makes both of one class; the first that fits is taken
+        assert fitting == ["z_image", "lumina2"]
+    else:
+        assert fitting == [{"sd15": "unet", "sdxl": "unet", "sd35": "sd3"}.get(name, name)]
