@@ -46,6 +46,12 @@ const STYLE = `
 .attune button.attune-chip.auto { border: 1px dashed var(--attune-accent); }
 .attune button.attune-chip.joined { border-top-left-radius: 0; border-bottom-left-radius: 0; margin-left: -4px; }
 .attune button.attune-chip.drag { box-shadow: 0 0 0 2px var(--attune-accent); }
+.attune-chip b { margin-left: 4px; font-weight: 600; font-size: 10px; }
+.attune button.attune-chip.more { box-shadow: inset 0 -2px 0 #e09a2b; }
+.attune button.attune-chip.less { box-shadow: inset 0 -2px 0 #3fa7c4; }
+.attune-chip.more b { color: #e09a2b; }
+.attune-chip.less b { color: #3fa7c4; }
+.attune-chip[aria-pressed=true] b { color: inherit; }
 .attune-chip small { opacity: .65; margin-left: 4px; font-size: 9px; }
 .attune-maps { display: grid; grid-template-columns: repeat(auto-fill, minmax(88px, 1fr)); gap: 6px; align-content: start; }
 .attune-maps > div { display: contents; }
@@ -165,6 +171,16 @@ function holders(subgraph) {
   const root = app.rootGraph ?? app.graph
   const graphs = [root, ...(root.subgraphs?.values?.() ?? [])]
   return graphs.flatMap((graph) => graph.nodes.filter((node) => node.subgraph === subgraph))
+}
+
+/** The nodes that an output feeds, through reroutes. */
+export function targets(node, slot) {
+  const links = node.outputs?.[slot]?.links ?? []
+  return links.flatMap((id) => {
+    const link = node.graph?.getLink?.(id) ?? node.graph?.links?.get?.(id)
+    const target = link && node.graph.getNodeById(link.target_id)
+    return !target ? [] : target.type === "Reroute" ? targets(target, 0) : [target]
+  })
 }
 
 /** The text of an input: its widget's, or that of the text node it is connected to; null where only a run can tell. */

@@ -1,8 +1,11 @@
-// The word chips of Prompt Words: the prompt's words, for every text encoder once a run has told its tokens; a click chooses one.
+// The word chips of Prompt Words: the prompt's words, for every text encoder once a run has told its tokens. A click chooses one; with Ctrl and
+// the arrow keys up and down it weighs more or less, in Word Weights where that takes these words, else in the prompt, as (word:1.1).
 
-import { app, attach, isLinked, low, make, textOf, told, widgetOf, write } from "./shared.js"
+import { app, attach, isLinked, low, make, origin, targets, textOf, told, widgetOf, write } from "./shared.js"
 
 const NODE = "AttuneWords"
+const WEIGHTS = "AttuneWordWeights"
+const [LEAST, MOST] = [-2, 5]
 const NAMES = { l: "CLIP-L", g: "CLIP-G", h: "CLIP-H", t5xxl: "T5" }
 const nameOf = (encoder) => NAMES[encoder] ?? encoder // a language model's own name
 const LETTER = "[\\p{L}\\p{N}\\u0300-\\u036f]"
@@ -12,10 +15,43 @@ const chips = new WeakMap()
 const key = (word) => word.normalize("NFKC").toLowerCase().replaceAll("’", "'")
 
 /** The words of a prompt, without weights and escapes. */
-function split(text) {
-  const plain = text.replace(/\\([()])/g, " ").replace(/:\s*[+-]?\d*\.?\d+\s*\)/g, ")").replace(/[()]/g, " ")
-  return [...plain.matchAll(WORD)].map((m) => m[0])
+const split = (text) => placed(text).map((word) => word.text)
+
+/** The words of a prompt with their places in it. */
+function placed(text) {
+  const blank = (found) => " ".repeat(found.length)
+  const plain = text.replace(/\\[()]/g, blank).replace(/:\s*[+-]?\d*\.?\d+\s*(?=\))/g, blank).replace(/[()]/g, " ")
+  return [...plain.matchAll(WORD)].map((m) => ({ text: m[0], start: m.index, end: m.index + m[0].length }))
 }
+
+/** What the character at `place` weighs by the brackets around it: as ComfyUI reads them, an inner number in place of outer ones. */
+function weightAt(text, place) {
+  const open = []
+  const around = []
+  for (let i = 0; i < text.length; i++) {
+    if (text[i] === "\\" && "()".includes(text[i + 1])) i++
+    else if (text[i] === "(") open.push(i)
+    else if (text[i] === ")" && open.length) {
+      const start = open.pop()
+      if (start < place && place < i) around.unshift(text.slice(start + 1, i)) // outer ones come later
+    }
+  }
+  return around.reduce((weight, inside) => {
+    const number = inside.slice(inside.lastIndexOf(":") + 1)
+    return inside.lastIndexOf(":") > 0 && number.trim() && !isNaN(number) ? Number(number) : weight * 1.1
+  }, 1)
+}
+
+/** The phrases and weights of Word Weights' text. */
+function lines(text) {
+  return text.split(/[,，、;；\n]/).map((line) => {
+    const [, phrase, number] = line.match(/^(.*)[:：=]\s*([^:：=]*)$/) ?? []
+    return { line, phrase: phrase?.trim(), weight: number?.trim() && !isNaN(number) ? Number(number) : null }
+  })
+}
+
+const alike = (one, two) => split(one).map(key).join(" ") === split(two).map(key).join(" ")
+const shown = (weight) => String(Math.round(weight * 100) / 100)
 
 class Chips {
   constructor(node) {
@@ -32,10 +68,28 @@ class Chips {
   tick() {
     if (this.drag) return
     const text = textOf(this.node, "text")
-    const seen = JSON.stringify([text, widgetOf(this.node, "words")?.value, this.told, isLinked(this.node, "words")])
+    const weights = this.weighing().map((node) => widgetOf(node, "weights")?.value)
+    const seen = JSON.stringify([text, widgetOf(this.node, "words")?.value, this.told, isLinked(this.node, "words"), weights])
     if (seen === this.seen) return
     this.seen = seen
     this.show(text ?? this.told?.text ?? null)
+  }
+
+  /** The nodes that weigh this node's words. */
+  weighing() {
+    return targets(this.node, 0).filter((node) => node.comfyClass === WEIGHTS && node.mode !== 4 && node.mode !== 2)
+  }
+
+  /** What every word weighs: by the nodes that take these words, else by the prompt's own brackets. */
+  weights(text) {
+    const places = placed(text ?? "")
+    const own = this.words.map((word, i) => (places[i]?.text === word ? weightAt(text, places[i].start) : 1))
+    for (const node of this.weighing()) {
+      for (const { phrase, weight } of lines(widgetOf(node, "weights")?.value ?? "")) {
+        if (weight !== null) this.owners([phrase]).forEach((at, i) => (own[i] = at === 0 ? weight : own[i]))
+      }
+    }
+    return own
   }
 
   tell(data) {
@@ -69,6 +123,7 @@ class Chips {
     this.shown = automatic ? (fresh?.phrases ?? []) : chosen
     const owner = this.owners(this.shown)
     const encoders = fresh ? fresh.encoders : [null]
+    const weights = this.weights(text)
     const focused = this.root.contains(document.activeElement) ? document.activeElement.dataset : null
     this.buttons = []
     this.rows.replaceChildren(
@@ -82,6 +137,7 @@ class Chips {
             className: `attune-chip${owner[i] >= 0 && automatic ? " auto" : ""}${joined ? " joined" : ""}`,
             textContent: word,
             disabled: isLinked(this.node, "words"),
+            "aria-description": weights[i] === 1 ? "" : `weighs ${shown(weights[i])}`,
             title: columns.length ? `${columns.length > 1 ? "tokens" : "token"} ${columns.join(", ")} of ${nameOf(encoder)}` : encoder ? "takes no place" : "Click to choose; drag over several for a phrase",
             "aria-pressed": String(owner[i] >= 0 && !automatic),
             onkeydown: (event) => this.key(event, i),
@@ -90,6 +146,10 @@ class Chips {
           })
           button.dataset.word = i
           button.dataset.encoder = encoder ?? ""
+          if (weights[i] !== 1) {
+            button.classList.add(weights[i] > 1 ? "more" : "less")
+            button.append(make("b", { textContent: shown(weights[i]) }))
+          }
           if (columns.length) button.append(make("small", { textContent: columns.length > 1 ? `${columns[0]}–${columns.at(-1)}` : columns[0] }))
           row.append(button)
           this.buttons.push(button)
@@ -121,11 +181,56 @@ class Chips {
   }
 
   key(event, i) {
+    const change = { ArrowUp: 1, ArrowDown: -1 }[event.key]
+    if (change && (event.ctrlKey || event.metaKey)) {
+      event.preventDefault()
+      event.stopPropagation()
+      this.weigh(i, change)
+      return
+    }
     const step = { ArrowLeft: -1, ArrowRight: 1 }[event.key]
     if (!step) return
     event.preventDefault()
     const at = this.buttons.indexOf(event.currentTarget)
     this.buttons[at + step]?.focus()
+  }
+
+  /** Make the phrase of a word, or else the word, weigh a step more or less. */
+  weigh(i, change) {
+    const step = Number(app.ui?.settings?.getSettingValue?.("Comfy.EditAttention.Delta")) || 0.05
+    const raw = textOf(this.node, "text")
+    const at = this.owners(this.shown)[i]
+    let [from, to] = [i, i]
+    if (at >= 0) {
+      const size = split(this.shown[at]).length
+      const spelled = split(this.shown[at]).map(key)
+      from = [...Array(size).keys()].map((k) => i - k).find((s) => s >= 0 && spelled.every((w, k) => this.words[s + k] !== undefined && key(this.words[s + k]) === w)) ?? i
+      to = from + size - 1
+    }
+    const phrase = this.words.slice(from, to + 1).join(" ").replace(/ (['’])/g, "$1")
+    const now = this.weights(raw ?? this.told?.text)[i]
+    const next = Math.min(MOST, Math.max(LEAST, Math.round((now + change * step) * 100) / 100))
+    const [node] = this.weighing()
+    const here = raw === null || isLinked(this.node, "text") ? origin(this.node, "text")?.node : this.node
+    if (node && !isLinked(node, "weights")) this.intoNode(node, phrase, next)
+    else if (here === this.node && placed(raw)[from]) write(this.node, "text", intoText(raw, placed(raw)[from].start, placed(raw)[to].end, next))
+    else {
+      this.status.textContent = "The prompt comes from another node: connect Word Weights to weigh its words."
+      return
+    }
+    this.seen = null
+    this.tick()
+    this.status.textContent = `“${phrase}” weighs ${shown(next)}, in ${node ? "Word Weights" : "the prompt"}.`
+  }
+
+  intoNode(node, phrase, weight) {
+    const before = widgetOf(node, "weights").value ?? ""
+    const known = lines(before).filter((one) => one.line.trim())
+    const mine = known.find((one) => one.phrase && alike(one.phrase, phrase))
+    const line = `${phrase}: ${shown(weight)}`
+    const keeps = weight !== 1 || isLinked(node, "mask") // with a mask, a weight of 1 says where
+    const all = mine ? known.flatMap((one) => (one === mine ? (keeps ? [line] : []) : [one.line.trim()])) : [...known.map((one) => one.line.trim()), line]
+    write(node, "weights", all.join("\n"))
   }
 
   start(event, i) {
@@ -165,6 +270,15 @@ class Chips {
     this.seen = null
     this.tick()
   }
+}
+
+/** A prompt in which the stretch from `start` to `end` weighs something: in brackets of its own, or in none for 1. */
+function intoText(text, start, end, weight) {
+  const before = text.slice(0, start).match(/\(\s*$/)
+  const after = before && text.slice(end).match(/^\s*(?::\s*[+-]?\d*\.?\d+\s*)?\)/)
+  if (after) [start, end] = [before.index, end + after[0].length]
+  const inner = after ? text.slice(start + before[0].length, end - after[0].length) : text.slice(start, end)
+  return text.slice(0, start) + (weight === 1 ? inner : `(${inner}:${shown(weight)})`) + text.slice(end)
 }
 
 told("attune_words", (node, data) => chips.get(node)?.tell(data))

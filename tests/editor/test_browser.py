@@ -441,6 +441,45 @@ def test_words_are_chosen_by_a_click_and_maps_appear(editor):
     assert chip("star").get_attribute("title") == "token 4 of CLIP-L"
 
 
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "nodes2"])
+def test_words_are_weighed_with_control_and_the_arrows(editor, vue):
+    editor.clear()
+    editor.setting(VUE, vue)
+    text = "a red striped star and a \\(blue\\) circle on a grey wall"
+    try:
+        editor("(text) => t.add('AttuneWords', [0, 0], { text, words: 'red striped star' })", text)
+        editor.show()
+        chip = lambda word: editor.page.locator(".attune-chip", has_text=word).first  # noqa: E731
+
+        def press(word, key, times=1):
+            chip(word).focus()
+            for _ in range(times):
+                editor.page.keyboard.press(f"Control+{key}")
+            return editor("() => t.value('AttuneWords', 'text')")
+
+        weighed = text.replace("red striped star", "(red striped star:1.1)")
+        assert press("striped", "ArrowUp", 2) == weighed
+        assert chip("star").locator("b").inner_text() == "1.1" and "more" in chip("red").get_attribute("class")
+        assert press("star", "ArrowDown", 3) == weighed.replace("1.1", "0.95")
+        assert "less" in chip("red").get_attribute("class")
+        assert press("star", "ArrowUp") == text and chip("star").locator("b").count() == 0
+        assert press("blue", "ArrowDown", 22) == text.replace("blue", "(blue:-0.1)")
+        assert press("blue", "ArrowUp", 22) == text
+        # a node that weighs these words has the weights, and no other input is made for them
+        editor("() => t.find('AttuneWords').connect(0, t.add('AttuneWordWeights', [420, 0]), 'words')")
+        assert press("star", "ArrowUp", 4) == press("blue", "ArrowDown", 30) == text
+        assert editor("() => t.value('AttuneWordWeights', 'weights')") == "red striped star: 1.2\nblue: -0.5"
+        editor.wait("() => document.querySelectorAll('.attune-chip.more').length === 3")
+        assert [chip(w).locator("b").inner_text() for w in ("red", "blue")] == ["1.2", "-0.5"]
+        press("red", "ArrowDown", 4)
+        assert editor("() => t.value('AttuneWordWeights', 'weights')") == "blue: -0.5"
+        editor("() => t.set('AttuneWordWeights', 'weights', 'grey wall: 0.3')")  # what is written there is shown
+        editor.wait("() => document.querySelectorAll('.attune-chip.less').length === 2")
+        assert len(editor("() => t.app.graph.serialize().nodes.find((n) => n.type === 'AttuneWords').widgets_values")) == 2
+    finally:
+        editor.setting(VUE, False)
+
+
 def test_regulation_and_capture_show_their_maps_until_the_setting_is_off(editor):
     load(editor, "regulation_demo")
     editor(
