@@ -11,7 +11,7 @@ from .hook.blends import ChosenHeads
 from .hook.call import AttentionCall
 from .hook.install import ModelPatcher, model_sites, request
 from .hook.requests import BlendOutputs
-from .hook.sites import Heads, check
+from .hook.sites import Heads, check, joint
 
 METHOD = "Head Filter"
 SELF, CROSS, BOTH = KINDS = ("self", "cross", "both")
@@ -43,7 +43,7 @@ def apply(model: ModelPatcher, heads: Heads, kind: str = DEFAULTS.kind, others: 
         if value not in known:
             raise ValueError(f"{METHOD}: {name} must be one of {', '.join(known)}, not “{value}”.")
     family, sites = model_sites(model)
-    if family != "unet" and kind != BOTH:
+    if joint(sites) and kind != BOTH:
         raise ValueError(
             f"{METHOD}: in SD3 and FLUX one attention looks at words and picture at once, so “{kind}” cannot be filtered on its own; "
             "set kind to “both”."

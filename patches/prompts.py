@@ -14,7 +14,7 @@ from .hook.call import AttentionCall
 from .hook.install import REQUESTS, ModelPatcher, model_sites
 from .hook.requests import COND, EditWeights
 from .hook.run import prompt
-from .hook.sites import Heads, Site, check
+from .hook.sites import Heads, Site, check, joint
 from .hook.tensors import index
 from .observer import NOBODY, Observer
 
@@ -40,7 +40,7 @@ def text_places(model: ModelPatcher, method: str, heads: Heads | None = None, au
         ValueError: for a model without attention to text, or a selection of another model or of a layer without it.
     """
     family, sites = model_sites(model)
-    kind = "cross" if family == "unet" else "joint"
+    kind = "joint" if joint(sites) else "cross"
     having = [s.name for s in sites if kind in s.kinds]
     if not having:
         raise ValueError(f"{method}: this model has no attention to text; connect a text-to-image model.")

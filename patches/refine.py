@@ -109,7 +109,7 @@ def apply(
         return whole, None
 
     def edit(call: AttentionCall, weights: Tensor) -> tuple[Tensor, Tensor | None] | None:
-        grid = (call.height, call.width)
+        grid = call.grid
         if targets is None:
             return refined(weights, grid)
         return edit_own(call, weights, lambda part: refined(part, grid))

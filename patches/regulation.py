@@ -104,7 +104,7 @@ class _Regulation:
         if call.run is None:
             return self._solve(call, weights, None)
         state: dict[Any, Any] = call.run.state.setdefault(self.key, {})
-        place = (call.site.name, name, weights.shape, (call.height, call.width))  # sizes may change within a run
+        place = (call.site.name, name, weights.shape, call.grid)  # sizes may change within a run
         known: _Layer | None = state.get(place)
         if known is None or known.step is None or known.step != call.step:
             before = None if known is None else known.edit
@@ -117,7 +117,7 @@ class _Regulation:
         settings, released = self.settings, self.settings.form == RELEASED
         count, pictures, heads, _ = weights.shape
         state: dict[Any, Any] = {} if call.run is None else call.run.state.setdefault(self.key, {})
-        grid = (call.height, call.width)
+        grid = call.grid
         if grid not in state:
             state[grid] = maths.problem(
                 grid, count - 1, settings.mass_weight, settings.deviation_weight, like=weights, released=released

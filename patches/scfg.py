@@ -142,7 +142,7 @@ class _SemanticCFG:
             maps = maths.layer_maps(
                 cross,
                 None if self_map is None else self_map[part.given],
-                grid=(call.height, call.width),
+                grid=call.grid,
                 size=size,
                 powers=settings.completion,
                 sigma=settings.smoothing,

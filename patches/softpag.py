@@ -18,7 +18,7 @@ from .hook.install import ModelPatcher, install, model_sites
 from .hook.requests import ALL as EVERY_ROW
 from .hook.requests import BlendOutputs, Request, Span
 from .hook.run import ExtraForward, with_extra_forward
-from .hook.sites import Heads, Site, check, select
+from .hook.sites import Heads, Site, check, joint, select
 from .hook.tensors import index_or_slice
 
 AUTOMATIC = -1.0  # of a scale or a perturbation: what is usual for the model's family
@@ -229,7 +229,7 @@ def apply(
     """
     span = Span.checked("SoftPAG", start_percent, end_percent)
     family, sites = model_sites(model)
-    _check(family, tokens, target, path)
+    _check(sites, tokens, target, path)
     u = perturbation_of(family, perturbation)
     sets = [(heads or default_heads(family, sites), scale_of(family, scale))]
     if heads_2 is not None:
@@ -255,15 +255,15 @@ def apply(
     return patched
 
 
-def _check(family: str, tokens: str, target: str, path: str) -> None:
+def _check(sites: tuple[Site, ...], tokens: str, target: str, path: str) -> None:
     """Raises ValueError for choices that are unknown, or mean nothing on a model of this family."""
     for name, value, known in (("tokens", tokens, TOKENS), ("target", target, TARGETS), ("path", path, PATHS)):
         if value not in known:
             raise ValueError(f"SoftPAG: there is no {name} “{value}”; choose one of {', '.join(known)}.")
-    if family == "unet" and (tokens == TEXT or target == "mean text query" or "-" in target):
+    if not joint(sites) and (tokens == TEXT or target == "mean text query" or "-" in target):
         raise ValueError(
             f"SoftPAG: tokens “{tokens}” with target “{target}” needs image and text tokens in one attention, as SD3 and FLUX have; on this "
-            f"UNet set tokens to {ALL} and target to one without “text” and “-”."
+            f"model set tokens to {ALL} and target to one without “text” and “-”."
         )
     if rows_of(tokens, target) is None:
         raise ValueError(

@@ -171,6 +171,26 @@ PRESETS: dict[str, tuple[str, type, dict[str, Any]]] = {
             "pad_tokens_multiple": 32,
         },
     ),
+    "wan": (
+        "Wan 14B, text to video",
+        comfy.supported_models.WAN21_T2V,
+        {
+            "image_model": "wan2.1",
+            "model_type": "t2v",
+            "dim": 5120,
+            "out_dim": 16,
+            "num_heads": 40,
+            "ffn_dim": 13824,
+            "num_layers": 40,
+            "patch_size": (1, 2, 2),
+            "freq_dim": 256,
+            "window_size": (-1, -1),
+            "qk_norm": True,
+            "cross_attn_norm": True,
+            "eps": 1e-6,
+            "in_dim": 16,
+        },
+    ),
 }
 
 

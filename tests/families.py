@@ -189,6 +189,49 @@ if hasattr(supported, "Krea2"):
             "layers": 3,
         },
     )
+MORE["wan"] = (
+    supported.WAN21_T2V,
+    {
+        "image_model": "wan2.1",
+        "model_type": "t2v",
+        "dim": 64,
+        "ffn_dim": 128,
+        "num_heads": 4,
+        "num_layers": 3,
+        "text_dim": WIDTH,
+        "freq_dim": 32,
+    },
+)
+_COSMOS = {
+    "max_img_h": 240,
+    "max_img_w": 240,
+    "max_frames": 128,
+    "in_channels": 16,
+    "out_channels": 16,
+    "patch_spatial": 2,
+    "patch_temporal": 1,
+    "model_channels": 64,
+    "concat_padding_mask": True,
+    "crossattn_emb_channels": WIDTH,
+    "pos_emb_cls": "rope3d",
+    "pos_emb_learnable": True,
+    "pos_emb_interpolation": "crop",
+    "min_fps": 1,
+    "max_fps": 30,
+    "rope_h_extrapolation_ratio": 4.0,
+    "rope_w_extrapolation_ratio": 4.0,
+    "rope_t_extrapolation_ratio": 1.0,
+    "rope_enable_fps_modulation": False,
+    "use_adaln_lora": True,
+    "adaln_lora_dim": 16,
+    "num_blocks": 3,
+    "num_heads": 4,
+    "extra_per_block_abs_pos_emb": False,
+}
+MORE["cosmos_predict2"] = (supported.CosmosT2IPredict2, {"image_model": "cosmos_predict2", **_COSMOS})
+if hasattr(supported, "Anima"):
+    MORE["anima"] = (supported.Anima, {"image_model": "anima", **_COSMOS})
+SEPARATE = ("sd15", "sdxl", "wan", "cosmos_predict2", "anima")  # self- and cross-attention, not joint
 CONFIGS["sd35"] = (supported.SD3, {**CONFIGS["sd3"][1], "x_block_self_attn_layers": [0, 1]})
 NAMES = ("sd15", "sdxl", "sd3", "sd35", "flux")
 EVERY = (*NAMES, *MORE)  # for the tests that hold each method against itself written out
@@ -255,12 +298,12 @@ def text(seed: int, tokens: int = 7, **more: Any) -> list[Any]:
     return [[torch.randn(1, tokens, WIDTH, generator=generator), {"pooled_output": pooled, **more}]]
 
 
-def latent(model: comfy.model_patcher.ModelPatcher, height: int = 8, width: int = 8, batch: int = 1) -> Tensor:
+def latent(model: comfy.model_patcher.ModelPatcher, height: int = 8, width: int = 8, batch: int = 1, frames: int = 1) -> Tensor:
     """An empty latent for this model; half as wide where a latent pixel is a token, so that text is not lost among them."""
     if model_sites(model)[1][0].stride == 1 and model_sites(model)[0] != "unet":
         height, width = -(-height // 2), -(-width // 2)
     flat = torch.zeros(batch, model.model.latent_format.latent_channels, height, width)
-    return flat.unsqueeze(2) if model.model.latent_format.latent_dimensions == 3 else flat
+    return flat.unsqueeze(2).repeat(1, 1, frames, 1, 1) if model.model.latent_format.latent_dimensions == 3 else flat
 
 
 def sample(
@@ -273,10 +316,11 @@ def sample(
     size: tuple[int, int] = (8, 8),
     batch: int = 1,
     seed: int = 0,
+    frames: int = 1,
     **more: Any,
 ) -> Tensor:
     """KSampler without the node; ``more`` goes to `comfy.sample.sample`."""
-    empty = latent(model, *size, batch)
+    empty = latent(model, *size, batch, frames)
     noise = comfy.sample.prepare_noise(empty, seed)
     positive, negative = positive or text(1), negative or text(2)
     more = {"scheduler": "normal", "disable_pbar": True, "seed": seed, **more}
@@ -353,6 +397,8 @@ def written_out(model: Any, change: Callable[[Seen], Tensor], size: tuple[int, i
         shape, image = image_tokens(model, real, queries)
         if family == "unet":
             shape, image = tuple(options["activations_shape"][-2:]), slice(0, queries)
+        frames = queries // (shape[0] * shape[1]) if not joint else 1  # of a film, one under the other
+        shape, image = (frames * shape[0], shape[1]), image if joint else slice(0, queries)
         seen = Seen(
             by_name[name],
             kind,

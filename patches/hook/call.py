@@ -24,7 +24,8 @@ class AttentionCall:
         batch: rows in the call; ``chunks[i]`` (0 conditional, 1 unconditional) is what chunk ``i`` of equal parts of it is.
         perturbed: this is a forward of our own, in which every row counts as conditional.
         uuids: ComfyUI's name of the conditioning that each chunk belongs to.
-        latent: height and width of the latent of this forward (smaller than the picture's under a conditioning area).
+        latent: height and width of the latent of this forward (smaller than the picture's under a conditioning area), of all frames of a
+            film one under the other.
         sigma: noise level, ``[pictures]``.
         steps: how many the sampler makes, or None outside one.
         step: number of the sampling step, or None outside a sampler.
@@ -59,6 +60,11 @@ class AttentionCall:
     @property
     def width(self) -> int:
         return self.tokens.width
+
+    @property
+    def grid(self) -> tuple[int, int]:
+        """Height and width of all image tokens: frames of a film are one under the other."""
+        return self.tokens.frames * self.tokens.height, self.tokens.width
 
     @property
     def image(self) -> slice:

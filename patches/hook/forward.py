@@ -193,7 +193,7 @@ class Forward:
             chunks=chunks if batch % len(chunks) == 0 else (0,),
             perturbed=own is not None,
             uuids=tuple(options.get("uuids") or ()),
-            latent=(self.x.shape[-2], self.x.shape[-1]),
+            latent=(self.x.shape[-2] * (self.x.shape[2] if self.x.ndim == 5 else 1), self.x.shape[-1]),
             sigma=options.get("sigmas"),
             steps=None if schedule is None else len(schedule) - 1,
             step=self.step,

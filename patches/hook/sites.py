@@ -55,6 +55,11 @@ class Heads:
         return " ".join(f"{site}:{_ranges(heads)}" for site, heads in self.chosen)
 
 
+def joint(sites: Iterable[Site]) -> bool:
+    """Whether a model attends to text and image at once; else it has attention to the text of its own."""
+    return any("joint" in site.kinds for site in sites)
+
+
 # --- the selection grammar ------------------------------------------------------------------------------------------
 
 _PAPER = re.compile(r"L(?P<layers>[\d,\-*]+)(?:H(?P<heads>[\d,\-*]+))?", re.IGNORECASE)

@@ -80,7 +80,7 @@ class Recorder:
         if record.dropped:
             return
         places = record.cross if kind == "cross" else record.pixels
-        grid = (call.height, call.width)
+        grid = call.grid
         place = places.setdefault(call.site.name, Place(grid))
         step, every = call.step or 0, self.settings.every
         if not part.first_time or (every and (step % every or step in place.frames)):

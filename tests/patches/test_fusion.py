@@ -64,6 +64,12 @@ def test_equals_the_written_out_run(name, tokens):
     differs(ours, sample(model, **settings))
 
 
+def test_a_film_of_several_frames():
+    model, settings = families.shared("wan"), {"steps": 1, "size": (8, 12), "frames": 2, "batch": 2}
+    ours = sample(fusion.apply(model, PHRASES, 0.8), **settings)
+    close(ours, sample(slow(model, [(1, 2), (4, 5, 6)], 0.8, (8, 12)), **settings), 1e-3)
+
+
 def test_a_prompt_of_two_chunks_and_one_that_comfyui_repeats():
     model = families.shared("sd15")
     long = words((75, 80), total=154, content=range(1, 150))

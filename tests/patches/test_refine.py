@@ -49,7 +49,7 @@ def test_every_token_leaves_out_the_start_tokens():
 # --- runs ---
 
 
-@pytest.mark.parametrize("name", [*families.NAMES, "qwen_image", "z_image"])  # the reference is very slow
+@pytest.mark.parametrize("name", [*families.NAMES, "qwen_image", "z_image", "wan"])  # the reference is very slow
 def test_equals_the_written_out_run(name):
     model, settings = families.shared(name), {"steps": 1, "size": (8, 12), "batch": 2}
     ours = sample(refine.apply(model, TWO, 2, 0.6, 0.8), **settings)

@@ -209,8 +209,8 @@ def test_ratios_of_one_are_plain_cfg_to_the_bit(name):
     patched, maps = scfg.apply(model, ONES)
     assert torch.equal(sample(patched), sample(model))
     assert len(maps.records) == 1 and maps.record().cross  # it did look
-    changed = [not torch.equal(sample(scfg.apply(model)[0], seed=seed), sample(model, seed=seed)) for seed in (0, 2)]
-    assert any(changed)  # a random model may have one region only
+    runs = ((sample(scfg.apply(model)[0], seed=seed), sample(model, seed=seed)) for seed in range(5))
+    assert any(not torch.equal(*run) for run in runs)  # a random model may have one region only
 
 
 @pytest.mark.parametrize("sampler", ["heun", "dpmpp_2m_sde", "ddim"])

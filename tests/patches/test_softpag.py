@@ -41,11 +41,7 @@ def naive(model, scale, u, heads, tokens="all"):
             name, kind = calls[number % len(calls)]  # conditions with areas take several forwards
             number += 1
             out = func(q, k, v, heads, *rest, **kwargs).clone()
-            if (
-                kind == "cross"
-                or name not in chosen
-                or (kind == "self" and name.split(".")[0] not in ("input", "middle", "output"))
-            ):
+            if kind == "cross" or name not in chosen or (kind == "self" and name.split(".")[0] == "joint"):
                 return out
             if not kwargs.get("skip_reshape"):
                 q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
@@ -122,6 +118,7 @@ SELECTIONS = {
     "sd35": "joint.0:1 joint.2:0,1",
     **dict.fromkeys(("flux", "flux2", "chroma"), "double.1:0,3 single.1:1-2"),
     **dict.fromkeys(("qwen_image", "lumina2", "z_image", "krea2"), "joint.1:0,2 joint.2:1"),
+    **dict.fromkeys(("wan", "cosmos_predict2", "anima"), "block.1:0,2 block.2:1"),
 }
 
 
@@ -130,7 +127,7 @@ SELECTIONS = {
 def test_any_heads_equal_the_naive_reference(name, cfg, u, size, batch):
     model = families.shared(name)
     heads = heads_of(model, SELECTIONS[name])
-    if name in ("sd15", "sdxl"):
+    if name in ("sd15", "sdxl", "cosmos_predict2", "anima"):  # which do not pad
         size = (size[0] // 2 * 2 + 2, size[1])
     settings = {"cfg": cfg, "size": size, "batch": batch}
     ours = sample(softpag.apply(model, 2.0, u, 0, 1, 0, heads), **settings)
@@ -138,7 +135,15 @@ def test_any_heads_equal_the_naive_reference(name, cfg, u, size, batch):
     differs(ours, sample(model, **settings))
 
 
-@pytest.mark.parametrize("name", [name for name in families.EVERY if name not in ("sd15", "sdxl")])
+def test_a_film_of_several_frames():
+    model = families.shared("wan")
+    heads = heads_of(model, SELECTIONS["wan"])
+    for tokens in ("all", "image"):
+        ours = sample(softpag.apply(model, 2.0, 0.4, 0, 1, 0, heads, tokens=tokens), size=(8, 6), frames=3, batch=2)
+        close(ours, sample(naive(model, 2.0, 0.4, heads), size=(8, 6), frames=3, batch=2))
+
+
+@pytest.mark.parametrize("name", [name for name in families.EVERY if name not in families.SEPARATE])
 @pytest.mark.parametrize("tokens", ["all", "image", "text"])
 def test_the_tokens_of_joint_attention(name, tokens):
     model = families.shared(name)
@@ -296,6 +301,8 @@ FIRST = [
     ("chroma", "single.1", ("single_blocks", 1)),
     ("qwen_image", "joint.2", ("transformer_blocks", 2)),
     ("z_image", "joint.1", ("layers", 1)),
+    ("wan", "block.1", ("blocks", 1)),
+    ("cosmos_predict2", "block.2", ("blocks", 2)),
     *([("krea2", "joint.2", ("blocks", 2))] if "krea2" in families.MORE else []),
 ]
 

@@ -26,6 +26,7 @@ from attune.tests import families
         ("flux2_klein", 25, 600),
         ("qwen_image", 60, 1440),
         ("z_image", 30, 900),
+        ("wan", 40, 1600),
     ],
 )
 def test_a_published_architecture_has_its_heads(name, layers, heads):
@@ -50,7 +51,9 @@ def checkpoints(tmp_path, monkeypatch):
     folder_paths.filename_list_cache.pop("checkpoints", None)
 
 
-@pytest.mark.parametrize("name", [name for name in layouts.PRESETS if name != "flux2"])  # 32 GB cannot be mapped everywhere
+@pytest.mark.parametrize(
+    "name", [name for name in layouts.PRESETS if name not in ("flux2",)]
+)  # 32 GB cannot be mapped everywhere
 def test_a_file_tells_its_layout_by_its_header(name, checkpoints):
     """A file of the real size, with the real names and shapes, and holes where the weights would be."""
     _, base, numbers = layouts.PRESETS[name]

@@ -9,14 +9,22 @@ from torch import nn
 
 from ..sites import Site
 from .base import Family
+from .cosmos import Anima, Cosmos
 from .flux import Chroma, Flux, Flux2
 from .krea2 import Krea2
 from .lumina import Lumina2, ZImage
 from .qwen_image import QwenImage
 from .sd3 import SD3
 from .unet import UNet
+from .wan import Wan
 
-FAMILIES: tuple[type[Family], ...] = (UNet, SD3, Flux, Flux2, Chroma, QwenImage, ZImage, Lumina2, Krea2)
+FAMILIES: tuple[type[Family], ...] = (UNet, SD3, Flux, Flux2, Chroma, QwenImage, ZImage, Lumina2, Krea2, Wan, Cosmos, Anima)
+
+_WHY = {  # of models that people might expect to work
+    "Flux": "Of the models that share FLUX's class, it knows FLUX.1 and FLUX.2, not Ovis or LongCat.",
+    "PixArtMS": "ComfyUI tells PixArt's attention nothing of the run, so that nothing can be added there.",
+    "WanModel": "Of Wan's models, it knows those without a CLIP picture or a reference latent.",
+}
 
 
 def family_of(diffusion_model: nn.Module) -> Family:
@@ -28,9 +36,12 @@ def family_of(diffusion_model: nn.Module) -> Family:
     for kind in FAMILIES:
         if kind.fits(diffusion_model):
             return kind(diffusion_model)
+    name = type(diffusion_model).__name__
+    why = f" {_WHY[name]}" if name in _WHY else ""
     raise ValueError(
-        f"Attune does not know the model class {type(diffusion_model).__name__}. "
-        "It works with SD1.5, SD2, SDXL, SD3 and SD3.5, FLUX.1, FLUX.2, Chroma, Qwen-Image, Z-Image, Lumina 2 and Krea 2; connect one of these."
+        f"Attune does not know the model class {name}.{why} "
+        "It works with SD1.5, SD2, SDXL, SD3 and SD3.5, FLUX.1, FLUX.2, Chroma, Qwen-Image, Z-Image, Lumina 2, Krea 2, Wan from "
+        "text, Cosmos Predict 2 and Anima; connect one of these."
     )
 
 

@@ -23,9 +23,10 @@ class Tokens:
     """What the tokens of a call are.
 
     Attributes:
-        height, width: the image tokens' grid.
+        height, width: the image tokens' grid, of each frame of a film.
         image: which tokens (queries, and keys in self- and joint attention) are image.
         text: which keys are text.
+        frames: how many grids the image tokens are, one after the other.
         regrouped: another pack merges pixels or cuts the picture into tiles (Token Merging, HyperTile), so that the grid is not known.
     """
 
@@ -34,6 +35,7 @@ class Tokens:
     image: slice
     text: slice
     regrouped: bool = False
+    frames: int = 1
 
 
 class Family:
@@ -212,3 +214,13 @@ class TextFirst(Transformer):
     def prompt(self, forward: Forward, given: int) -> int:
         """How many of the ``given`` tokens of text, at their end, are the prompt's."""
         return given
+
+
+class Separate(Transformer):
+    """A transformer whose blocks attend among the image first, which may be a film, then to the text."""
+
+    def tokens(self, forward: Forward, queries: int, keys: int) -> Tokens:
+        height, width = (-(-n // self.patch) for n in forward.x.shape[-2:])
+        frames = forward.x.shape[2] if forward.x.ndim == 5 else 1
+        image = slice(0, frames * height * width)
+        return Tokens(height, width, image, slice(0, keys), frames=frames)

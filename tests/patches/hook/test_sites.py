@@ -20,11 +20,12 @@ EXPECTED = {
     ),
     "sd3": ("joint.0 joint.1 joint.2", ("joint",), 3),
     **dict.fromkeys(("flux", "flux2", "chroma"), ("double.0 double.1 single.0 single.1 single.2", ("joint",), 4)),
-    **{name: ("joint.0 joint.1 joint.2", ("joint",), 4) for name in families.MORE if name not in ("flux2", "chroma")},
+    **dict.fromkeys(("qwen_image", "lumina2", "z_image", "krea2"), ("joint.0 joint.1 joint.2", ("joint",), 4)),
+    **dict.fromkeys(("wan", "cosmos_predict2", "anima"), ("block.0 block.1 block.2", ("self", "cross"), 4)),
 }
 
 
-@pytest.mark.parametrize("name", EXPECTED)
+@pytest.mark.parametrize("name", [name for name in EXPECTED if name in families.EVERY])
 def test_sites_in_order_of_execution(name):
     names, kinds, heads = EXPECTED[name]
     family, sites = model_sites(families.shared(name))
