@@ -38,6 +38,16 @@ ABSENT = {
 }
 
 
+MENU = ("Start", "Guidance", "Words", "Maps", "Heads", "Scores", "Benchmark")  # the submenus of Attune
+
+
+def in_menu(submenu: str, *aliases: str) -> dict[str, Any]:
+    """Of a schema: where the node is in the menu, and other names that it is found by, where the editor's search knows such."""
+    assert submenu in MENU
+    searched = {"search_aliases": list(aliases)} if "search_aliases" in io.Schema.__dataclass_fields__ else {}
+    return {"category": f"Attune/{submenu}", **searched}
+
+
 class AttuneNode(io.ComfyNode):
     """A node that checks what it is given, whoever runs it.
 

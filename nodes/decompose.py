@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..language.decompose import GRANULARITIES, ORDERS, SORTS, decompose, order_of
 from ..server.widgets import branches_told
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 
 AttuneBranchesType = io.Custom("ATTUNE_BRANCHES")
 
@@ -17,7 +17,7 @@ class AttuneDecompose(AttuneNode):
         return io.Schema(
             node_id="AttuneDecompose",
             display_name="Decompose Prompt",
-            category="Attune",
+            **in_menu("Words", "Detail++", "sub-prompts", "split prompt", "binding", "colours mixed up", "attribute"),
             description="Takes a prompt apart for Detail++: a base for the layout, a branch without modifiers, and sub-prompts that each add "
             "details to one noun. English; or write the sub-prompts yourself.",
             inputs=[

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import io
 
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 
 
 class AttuneDemoModel(AttuneNode):
@@ -13,7 +13,7 @@ class AttuneDemoModel(AttuneNode):
         return io.Schema(
             node_id="AttuneDemoModel",
             display_name="Demo Model (shapes)",
-            category="Attune",
+            **in_menu("Start", "bundled model", "test model", "small model", "example"),
             description="A tiny text-to-image model that comes with the pack and behaves like SD1.5 in small: try every node in seconds, "
             "without a download. It draws shapes at 128×128: “a red striped star and a blue circle on a dotted grey wall”.",
             inputs=[

@@ -13,7 +13,7 @@ from ..patches.detail.encode import encode
 from ..patches.detail.sampler import sample
 from ..patches.detail.session import FINISH, MASKS, OPTIMIZE, Settings
 from ..server.previews import Preview
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 from .decompose import AttuneBranchesType
 
 
@@ -23,7 +23,7 @@ class AttuneEncodeBranches(AttuneNode):
         return io.Schema(
             node_id="AttuneEncodeBranches",
             display_name="Encode Branches",
-            category="Attune",
+            **in_menu("Words", "Detail++", "sub-prompts", "branches"),
             description="Encodes every branch of a decomposed prompt, for the Detail++ Sampler. ControlNet, area and timestep nodes after it "
             "apply to all branches.",
             inputs=[
@@ -50,7 +50,9 @@ class AttuneDetailSampler(AttuneNode):
         return io.Schema(
             node_id="AttuneDetailSampler",
             display_name="Detail++ Sampler",
-            category="Attune",
+            **in_menu(
+                "Words", "Detail++", "binding", "colour", "color", "attribute leak", "colours mixed up", "regional", "KSampler"
+            ),
             description="A KSampler that draws all branches of a prompt at once on one layout, and puts each branch's details only where their "
             "subject is. For prompts whose colours, patterns or styles end up on the wrong thing. For SD1.5, SD2 and SDXL.",
             inputs=[

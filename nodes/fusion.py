@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..language.phrases import fusable
 from ..patches import fusion
 from ..server.previews import Preview
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 from .inputs import steered_model
 from .words import AttuneWordsType
 
@@ -18,7 +18,7 @@ class AttunePhraseFusion(AttuneNode):
         return io.Schema(
             node_id="AttunePhraseFusion",
             display_name="Phrase Fusion",
-            category="Attune",
+            **in_menu("Words", "phrase", "binding", "colour", "color", "token merging"),
             description="Lets all words of a phrase (“fire truck”, “red car”) act in the same place of the picture: their attention is "
             "averaged, so that a colour stays with its thing.",
             inputs=[

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..patches import gate
 from ..server.previews import Preview
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 from .inputs import percents, steered_model
 from .scorers import AttuneScorerType
 from .words import AttuneWordsType
@@ -20,7 +20,7 @@ class AttuneSemanticGate(AttuneNode):
         return io.Schema(
             node_id="AttuneSemanticGate",
             display_name="Semantic Gate",
-            category="Attune",
+            **in_menu("Words", "gate", "damp words", "CLIP score", "concept strength"),
             description="Looks at the picture while it forms, scores how well it shows each phrase, and turns down the words that it does not "
             "show, or turns up those that it neglects.",
             inputs=[

@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..patches import headfilter
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 from .heads import AttuneHeadsType
 
 
@@ -15,7 +15,7 @@ class AttuneHeadFilter(AttuneNode):
         return io.Schema(
             node_id="AttuneHeadFilter",
             display_name="Head Filter",
-            category="Attune",
+            **in_menu("Heads", "silence heads", "ablate", "mute"),
             description="Silences attention heads: in the layers that you name, only the chosen heads act, to find out what a head is for or to "
             "keep a bad one from the picture. Other layers stay as they are.",
             inputs=[

@@ -21,7 +21,7 @@ from ..hunt.search import search
 from ..hunt.settings import CUSTOM, PRESETS, RANKINGS, Plan, Settings
 from ..patches.softpag import AUTOMATIC
 from ..server import layouts
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 from .heads import AttuneHeadsType
 from .scorers import AttuneScorerType
 
@@ -54,7 +54,7 @@ class AttuneHeadHunter(AttuneNode):
         return io.Schema(
             node_id="AttuneHeadHunter",
             display_name="HeadHunter",
-            category="Attune",
+            **in_menu("Heads", "search heads", "find heads", "optimise", "optimize"),
             description="Finds the attention heads whose perturbation by SoftPAG makes pictures that a scorer likes: every head is tried on the "
             "same noise, the best join, and the next round tries the rest beside them. Takes long and may be stopped at any time: what is "
             "evaluated is kept, and the same search goes on from there. For SD1.5, SDXL, SD3 and FLUX.",
@@ -268,7 +268,7 @@ class AttunePromptList(AttuneNode):
         return io.Schema(
             node_id="AttunePromptList",
             display_name="Prompt List",
-            category="Attune",
+            **in_menu("Heads", "prompts", "lines"),
             description="Several prompts, a line each, encoded one by one: for HeadHunter, which judges heads on all of them.",
             inputs=[
                 io.Clip.Input("clip", tooltip="As for CLIP Text Encode."),

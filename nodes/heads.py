@@ -9,7 +9,7 @@ from ..patches.head_presets import OWN, PRESETS, preset_heads
 from ..patches.hook.install import model_sites
 from ..patches.hook.sites import select
 from ..server import layouts
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 
 AttuneHeadsType = io.Custom("ATTUNE_HEADS")
 NONE = "(none yet)"
@@ -21,7 +21,7 @@ class AttuneHeads(AttuneNode):
         return io.Schema(
             node_id="AttuneHeads",
             display_name="Select Heads",
-            category="Attune",
+            **in_menu("Heads", "attention heads", "layers", "pick heads"),
             description="Choose attention heads of a model by name, for SoftPAG and other Attune nodes. A head is one of the several "
             "eyes of an attention layer; different heads look after different things, such as outline, texture or style.",
             inputs=[
@@ -66,7 +66,7 @@ class AttuneSaveHeads(AttuneNode):
         return io.Schema(
             node_id="AttuneSaveHeads",
             display_name="Save Heads",
-            category="Attune",
+            **in_menu("Heads", "export heads"),
             description="Writes a head set as a small file in ComfyUI's user folder (attune/heads), with the model that it is for, and where it "
             "comes from. Share the file; Load Heads reads it.",
             is_output_node=True,
@@ -95,7 +95,7 @@ class AttuneLoadHeads(AttuneNode):
         return io.Schema(
             node_id="AttuneLoadHeads",
             display_name="Load Heads",
-            category="Attune",
+            **in_menu("Heads", "import heads", "preset"),
             description="Reads a head set that Save Heads wrote, that somebody shared, or that comes with the pack. It must be for this kind of "
             "model.",
             inputs=[

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..patches.maps import pictures, record, recorder
 from ..server.graph import made_by
 from ..server.previews import Preview
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 from .inputs import selected
 from .words import AttuneWordsType
 
@@ -22,7 +22,7 @@ class AttuneAttentionMaps(AttuneNode):
         return io.Schema(
             node_id="AttuneAttentionMaps",
             display_name="Capture Attention Maps",
-            category="Attune",
+            **in_menu("Maps", "heat map", "DAAM", "attention map", "visualize", "capture"),
             description="Keeps what the model attends to while it samples, and nothing else: the picture stays the same to the last bit. "
             "Look at it with Show Attention Maps, or cut it into masks with Attention Segmentation.",
             inputs=[
@@ -84,7 +84,7 @@ class AttuneShowMaps(AttuneNode):
         return io.Schema(
             node_id="AttuneShowMaps",
             display_name="Show Attention Maps",
-            category="Attune",
+            **in_menu("Maps", "heat map", "DAAM", "attention map", "compare", "explain"),
             description="Paints where the model saw each word, as heat over the picture, and gives the same as soft masks.",
             inputs=[
                 AttuneMapsType.Input("maps", tooltip="From Capture Attention Maps or Semantic-aware CFG."),
@@ -121,7 +121,7 @@ class AttuneSegmentation(AttuneNode):
         return io.Schema(
             node_id="AttuneSegmentation",
             display_name="Attention Segmentation",
-            category="Attune",
+            **in_menu("Maps", "mask from word", "segment", "auto mask", "inpaint"),
             description="Cuts the picture into the regions of its words, from the model's own attention: masks for inpainting, noise "
             "masks and compositing, without another model.",
             inputs=[

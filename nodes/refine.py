@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..patches import refine
 from ..server.previews import Preview
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 from .inputs import percents, steered_model
 from .words import AttuneWordsType
 
@@ -19,7 +19,7 @@ class AttuneRefineMaps(AttuneNode):
         return io.Schema(
             node_id="AttuneRefineMaps",
             display_name="Refine Attention",
-            category="Attune",
+            **in_menu("Words", "sharpen attention", "threshold", "refine"),
             description="Sharpens where words act: in a few rounds each word's attention is cut to where it is strongest, and smoothed. Weak "
             "attention all over the picture goes.",
             inputs=[

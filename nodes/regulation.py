@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..patches import regulation
 from ..server.previews import Preview
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 from .inputs import advanced_choice, percents, selected, steered_model
 from .words import AttuneWordsType
 
@@ -19,7 +19,14 @@ class AttuneRegulation(AttuneNode):
         return io.Schema(
             node_id="AttuneRegulation",
             display_name="Attention Regulation",
-            category="Attune",
+            **in_menu(
+                "Words",
+                "missing object",
+                "catastrophic neglect",
+                "attend and excite",
+                "attention regulation",
+                "something is missing",
+            ),
             description="For prompts of which a thing goes missing: while the picture takes shape, the model's attention to the chosen words is "
             "raised to where an object can form, and changed as little as that needs. The same seed gives the same picture.",
             inputs=[

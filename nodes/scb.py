@@ -5,7 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..language.scb import SIZE, style_prompt
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 
 
 class AttuneSCBPrompts(AttuneNode):
@@ -14,7 +14,7 @@ class AttuneSCBPrompts(AttuneNode):
         return io.Schema(
             node_id="AttuneSCBPrompts",
             display_name="SCB Prompts",
-            category="Attune",
+            **in_menu("Benchmark", "style composition", "SCB", "Detail++"),
             description="A prompt of the style composition benchmark of the Detail++ paper: a subject in one style before a "
             "background in another.",
             inputs=[

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..patches import scfg
 from ..server.previews import Preview
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 from .inputs import advanced_choice, percents
 from .maps import AttuneMapsType
 
@@ -19,7 +19,7 @@ class AttuneSemanticCFG(AttuneNode):
         return io.Schema(
             node_id="AttuneSemanticCFG",
             display_name="Semantic-aware CFG",
-            category="Attune",
+            **in_menu("Guidance", "S-CFG", "semantic cfg", "cfg per region", "weak object", "rescale"),
             description="Gives every object of the picture its fair share of guidance: the model's attention says which words own which "
             "region, and regions where the prompt is weak are guided more, strong ones less. Needs a CFG above 1.",
             inputs=[

@@ -8,7 +8,7 @@ from ..methods.scores import diversity
 from ..scoring.detector import Detector
 from ..scoring.folders import DETECTORS, fingerprint, model_folders
 from ..scoring.metrics import METRICS, score, style_score, table
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 from .scorers import AttuneScorerType
 
 WITHOUT = "none (use masks)"
@@ -20,7 +20,7 @@ class AttuneScore(AttuneNode):
         return io.Schema(
             node_id="AttuneScore",
             display_name="Score Images",
-            category="Attune",
+            **in_menu("Scores", "rate images", "metric", "evaluate"),
             description="Says in numbers how well pictures show a text, how good they look, or which one people would prefer.",
             inputs=[
                 io.Image.Input("images", tooltip="The pictures to judge, one or a batch."),
@@ -61,7 +61,7 @@ class AttuneDiversity(AttuneNode):
         return io.Schema(
             node_id="AttuneDiversity",
             display_name="Diversity",
-            category="Attune",
+            **in_menu("Scores", "variety", "metric"),
             description="How different the pictures of a batch are from each other: the mean distance of their vectors, over all pairs. Use "
             "it to see what a method costs in variety.",
             inputs=[
@@ -88,7 +88,7 @@ class AttuneSCBScore(AttuneNode):
         return io.Schema(
             node_id="AttuneSCBScore",
             display_name="SCB Score",
-            category="Attune",
+            **in_menu("Benchmark", "style composition", "SCB", "Grounding DINO"),
             description="The score of the style composition benchmark: subject and background are each cut out of the picture and held "
             "against their own phrase.",
             inputs=[

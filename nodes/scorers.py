@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..scoring.folders import SCORERS, fingerprint, model_folders
 from ..scoring.scorers import ClipScorer, PreferenceScorer
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 
 AttuneScorerType = io.Custom("ATTUNE_SCORER")
 NONE = "(none yet)"
@@ -31,12 +31,12 @@ class _OfFolder(AttuneNode):
         return io.NodeOutput(cls.scorer(folder))
 
 
-def _schema(node_id: str, display_name: str, description: str, holds: str, gives: str) -> io.Schema:
+def _schema(node_id: str, display_name: str, description: str, holds: str, gives: str, aliases: tuple[str, ...]) -> io.Schema:
     """What the nodes of a model folder show: ``holds`` says of the folder, and ``gives`` of the scores, what they are."""
     return io.Schema(
         node_id=node_id,
         display_name=display_name,
-        category="Attune",
+        **in_menu("Scores", *aliases),
         description=description,
         inputs=[io.Combo.Input("folder", options=folder_names(SCORERS), tooltip=f"A folder in models/{SCORERS} with {holds}")],
         outputs=[AttuneScorerType.Output(display_name="scorer", tooltip=gives)],
@@ -55,6 +55,7 @@ class AttuneClipScorer(_OfFolder):
             holds="a whole CLIP or SigLIP model as Hugging Face has it: config.json, model.safetensors, tokenizer and preprocessor files. "
             "Press R after adding one.",
             gives="Gives cosines, usually 0.15 to 0.35 with CLIP; for Score Images and the rest.",
+            aliases=("CLIP score", "CLIP-T", "CLIP-IQA", "similarity"),
         )
 
 
@@ -71,6 +72,7 @@ class AttunePreferenceScorer(_OfFolder):
             holds="PickScore or another preference-tuned CLIP as Hugging Face has it; or a CLIP with a head.safetensors beside it, an MLP on "
             "its vectors.",
             gives="Gives rewards: higher is preferred. Only differences between pictures of one text mean something.",
+            aliases=("PickScore", "HPS", "aesthetic", "reward"),
         )
 
 
@@ -80,7 +82,7 @@ class AttuneDemoScorer(AttuneNode):
         return io.Schema(
             node_id="AttuneDemoScorer",
             display_name="Demo Scorer (shapes)",
-            category="Attune",
+            **in_menu("Scores", "reader", "bound", "bundled scorer"),
             description="How well a picture shows a text, for pictures of the bundled demo model: a small CLIP of its world of shapes, or "
             "the reader that names what a picture shows. Comes with the pack.",
             inputs=[

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..methods.softpag import PATHS, TARGETS, TOKENS
 from ..patches import softpag
 from ..patches.softpag import AUTOMATIC, Settings
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 from .heads import AttuneHeadsType
 from .inputs import advanced, advanced_choice, percents
 
@@ -18,7 +18,9 @@ class AttuneSoftPAG(AttuneNode):
         return io.Schema(
             node_id="AttuneSoftPAG",
             display_name="SoftPAG (head-selected guidance)",
-            category="Attune",
+            **in_menu(
+                "Guidance", "PAG", "perturbed attention guidance", "perturbed", "SAG", "sharper structure", "guidance at cfg 1"
+            ),
             description="Sharper structure without a negative prompt: every step also predicts the picture with some attention heads "
             "blurred to themselves, and moves away from that. Works with or without CFG. For SD1.5, SDXL, SD3 and FLUX.",
             inputs=[

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..patches import structure
 from ..server.graph import made_by
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 from .maps import AttuneMapsType
 
 
@@ -16,7 +16,7 @@ class AttuneStructureRefine(AttuneNode):
         return io.Schema(
             node_id="AttuneStructureRefine",
             display_name="Structure-aware Latent Refine",
-            category="Attune",
+            **in_menu("Maps", "CRF", "edges", "Canny", "latent refine"),
             description="Evens out a finished latent inside its regions and keeps its contours, most of all those of what the prompt names: "
             "for speckle and small artefacts. Goes between the sampler and VAE Decode.",
             inputs=[

@@ -8,7 +8,7 @@ from ..language.weights import HIGH, LOW, Weighted, weighted
 from ..language.words import encode_prompt, prompt_words
 from ..patches import weights as method
 from ..server.previews import Preview
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 from .inputs import advanced, advanced_choice, percents, steered_model
 from .words import AttuneWordsType
 
@@ -21,7 +21,17 @@ class AttuneWordWeights(AttuneNode):
         return io.Schema(
             node_id="AttuneWordWeights",
             display_name="Word Weights",
-            category="Attune",
+            **in_menu(
+                "Words",
+                "prompt weights",
+                "emphasis",
+                "weights",
+                "(word:1.3)",
+                "negative word",
+                "regional",
+                "regional prompt",
+                "mask",
+            ),
             description="Makes phrases of the prompt count more, less, not at all, or only in one part of the picture, by the model's own "
             "attention to them: at any cfg, and also where (red car:1.3) in a prompt does nothing. Weights that a CLIP uses stay its own.",
             inputs=[

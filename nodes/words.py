@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..language.words import encode_prompt, prompt_words
 from ..server.previews import remember
 from ..server.widgets import words_told
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 
 AttuneWordsType = io.Custom("ATTUNE_WORDS")
 
@@ -18,7 +18,7 @@ class AttuneWords(AttuneNode):
         return io.Schema(
             node_id="AttuneWords",
             display_name="Prompt Words",
-            category="Attune",
+            **in_menu("Words", "prompt words", "CLIP text encode", "tokens", "phrases"),
             description="Choose words of a prompt, for Attune nodes that look at or change what single words do to the picture. "
             "For the text encoders of all models, chat templates included.",
             inputs=[

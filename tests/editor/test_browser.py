@@ -9,6 +9,7 @@ from collections.abc import Iterator
 
 import pytest
 
+from attune.nodes.base import CLASSES
 from attune.patches.hook.sites import Site, select
 from attune.server.layouts import preset
 from attune.tests.helpers import EXAMPLES
@@ -627,3 +628,14 @@ def test_names_and_help_are_there_in_chinese(editor):
     assert given["settings"]["Attune_LiveMaps"]["name"] == "采样时显示注意力图"
     for page in ("AttuneSoftPAG.md", "AttuneSoftPAG/zh.md", "pictures/AttuneSoftPAG.jpg"):
         assert editor("async (path) => (await fetch(path)).status", f"{WEB}/docs/{page}") == 200
+
+
+def test_our_sockets_have_colours(editor):
+    types = [name for name in CLASSES if name.startswith("ATTUNE_")]
+    found = editor(
+        """(types) => types.map((type) => [t.app.canvas.default_connection_color_byType[type], LGraphCanvas.link_type_colors[type],
+            getComputedStyle(document.documentElement).getPropertyValue(`--color-datatype-${type}`)])""",
+        types,
+    )
+    assert len({colour for colour, *_ in found}) == len(types)
+    assert all(colour and set(others) == {colour} for colour, *others in found)
