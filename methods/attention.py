@@ -9,6 +9,7 @@ Two identities make methods cheap. Neither is of a paper: both follow from the d
 1. A map edited in a few key columns ``T``, with a factor ``r`` on all others, is a low-rank correction of the fast kernel's output
    (`replace_columns`): ``O' = Σ_{j∈T} a'_j v_j + r·Σ_{j∉T} a_j v_j = r·(O − Σ_{j∈T} a_j v_j) + Σ_{j∈T} a'_j v_j``. For logits raised by ``S`` on
    ``T``: ``a'_j = a_j e^{S_j}/Z`` and ``r = 1/Z`` with ``Z = 1 + Σ_{j∈T} a_j (e^{S_j} − 1)``.
+   Where the kernel also tells ``L = log Σ_j e^{l_j}`` of each row (`attend`), ``a_j = e^{l_j − L}`` needs no other column (`of_columns`).
 2. Rows that share a map attend once, with their values side by side (`shared`): ``A [V_1 | … | V_n] = [A V_1 | … | A V_n]``.
 """
 
@@ -70,6 +71,35 @@ def probabilities(
         part = part if columns is None else part[..., columns]
         blocks.append(part.mean(dim=1) if mean_heads else part)
     return torch.cat(blocks, dim=-2)
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple[Tensor, Tensor] | None:
+    """Attention's output ``[B, H, M, d]`` and ``L [B, H, M]``, the logarithm of what each row's exponentials sum to, by one fast kernel.
+
+    None where PyTorch has no such kernel for these tensors: it may not be there, or not take their precision or width.
+    """
+    same = q.shape[1] == k.shape[1] == v.shape[1] and q.shape[-1] == k.shape[-1] == v.shape[-1]
+    if not same or q.requires_grad or k.requires_grad or v.requires_grad:
+        return None
+    if q.device.type == "cpu":
+        kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
+    elif q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] in (64, 128):
+        kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention", None)
+    else:
+        kernel = None
+    if kernel is None:
+        return None
+    try:
+        out, total, *_ = kernel(q, k, v, scale=scale)
+    except (NotImplementedError, RuntimeError):  # a build, or a GPU, without it
+        return None
+    return (out, total) if total.shape == q.shape[:3] else None
+
+
+def of_columns(q: Tensor, k: Tensor, total: Tensor, scale: float | None = None) -> Tensor:
+    """Weights ``[B, H, M, T]`` of keys ``k [B, H, T, d]`` only, where ``total [B, H, M]`` is the ``L`` of `attend` over all keys."""
+    part = logits(q, k, scale)
+    return (part - total.to(part)[..., None]).exp()
 
 
 def replace_columns(out: Tensor, value: Tensor, before: Tensor, after: Tensor, rest: Tensor | None = None) -> Tensor:

@@ -7,7 +7,7 @@ columns is worked out in plain numbers, which never wait for the device, and mos
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import torch
 import torch.nn.functional as F
@@ -18,22 +18,24 @@ from .call import AttentionCall
 from .requests import IMAGE, TEXT, EditWeights, ReadWeights, WeightsRequest
 from .tensors import CallTensors, index_or_slice, persistent, put
 
+QueriesAndKeys: TypeAlias = tuple[Tensor, Tensor, Tensor | None]
+
 
 class WeightsOfCall:
     """Attention weights of one call, as far as requests look at them.
 
     Args:
-        q, k: of every row, ``[B, H, M or N, d]``; where rows share a map, those that they use.
+        qk: q and k of every row, ``[B, H, M or N, d]``, where rows share a map those that they use; and what each row's exponentials sum to,
+            if the kernel has told (`methods.attention.attend`).
         mask_rows: the row whose mask each row takes, where rows share a map.
         queries: the tokens that look, of whose weights everything here is.
     """
 
-    def __init__(
-        self, call: AttentionCall, tensors: CallTensors, q: Tensor, k: Tensor, mask_rows: Tensor | None, queries: slice
-    ):
-        self.call, self.tensors, self.q, self.k, self.mask_rows, self.queries = call, tensors, q, k, mask_rows, queries
+    def __init__(self, call: AttentionCall, tensors: CallTensors, qk: QueriesAndKeys, mask_rows: Tensor | None, queries: slice):
+        self.call, self.tensors, self.mask_rows, self.queries = call, tensors, mask_rows, queries
+        self.q, self.k, self.total = qk
         self.offset = call.text.start if call.kind != "self" else 0
-        self.count = (call.text.stop - call.text.start) if call.kind != "self" else k.shape[2]
+        self.count = (call.text.stop - call.text.start) if call.kind != "self" else self.k.shape[2]
         # Edited rows, and the columns that are looked at: their places in the tensors that follow.
         self.edited_rows: dict[int, int] = {}
         self.edited_columns: dict[int, int] = {}
@@ -75,6 +77,11 @@ class WeightsOfCall:
     ) -> Tensor:
         device = self.q.device
         which = index_or_slice(rows, device)
+        if self.total is not None and len(columns) <= self.k.shape[2] // 2:
+            k = self.k[which][:, heads][:, :, index_or_slice(columns, device)]
+            q, total = self.q[which][:, heads, self.queries], self.total[which][:, heads, self.queries]
+            found = maths.of_columns(q, k, total, self.tensors.scale)
+            return found.mean(dim=1) if mean_heads else found
         mask_rows = which if self.mask_rows is None else self.mask_rows.to(device)[which]
         mask = self.tensors.mask(mask_rows, self.queries)
         if mask is not None and mask.shape[1] > 1:
@@ -171,18 +178,18 @@ def edit_and_read(
     call: AttentionCall,
     requests: tuple[Sequence[EditWeights], Sequence[ReadWeights]],
     tensors: CallTensors,
-    qk: tuple[Tensor, Tensor],
+    qk: QueriesAndKeys,
     out: Tensor,
     mask_rows: Tensor | None = None,
     block_replaced: bool = False,
 ) -> Tensor:
     """Carry out a call's edits and readings, in this order; returns ``out [B, H, M, d]`` corrected for the edits."""
-    weights = WeightsOfCall(call, tensors, *qk, mask_rows, call.image)
+    weights = WeightsOfCall(call, tensors, qk, mask_rows, call.image)
     edits = [r for r in requests[0] if weights.of_call(r)]
     reads = [r for r in requests[1] if weights.of_call(r)]
     out = weights.edit([r for r in edits if r.tokens == IMAGE], reads, out, block_replaced)
     if of_text := [r for r in edits if r.tokens == TEXT]:
-        out = WeightsOfCall(call, tensors, *qk, mask_rows, call.text).edit(of_text, (), out, block_replaced)
+        out = WeightsOfCall(call, tensors, qk, mask_rows, call.text).edit(of_text, (), out, block_replaced)
     for request in reads:
         with persistent():
             weights.read(request)

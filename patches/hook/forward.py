@@ -12,6 +12,7 @@ import torch
 from comfy.ldm.modules.attention import optimized_attention
 from torch import Tensor
 
+from ...methods.attention import attend
 from .blends import blend, ignored
 from .call import AttentionCall
 from .edits import edit_and_read
@@ -23,6 +24,7 @@ from .sites import Site
 from .tensors import CallTensors, Kernel, index_or_slice
 
 OVERRIDE = "optimized_attention_override"  # ComfyUI's name of it
+PLAIN = {"attention_pytorch"}  # ComfyUI's functions whose kernel can be asked for the sums of its rows too
 PLACES = ("mask", "attn_precision", "skip_reshape", "skip_output_reshape")  # of ComfyUI's attention functions, after the heads
 
 
@@ -163,7 +165,8 @@ class Forward:
         def whole(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
             return chained(q, k, v, heads, *args, **kwargs)
 
-        return self._serve(CallTensors(q, k, v, heads, settings), Kernel(whole, chained, settings))
+        plain = self.previous is None and getattr(function, "__name__", "") in PLAIN and settings.get("mask") is None
+        return self._serve(CallTensors(q, k, v, heads, settings), Kernel(whole, chained, settings, plain))
 
     def _own_function(self) -> Callable[..., Tensor] | None:
         """The kernel that a checkpoint asks for at this place, if any.
@@ -233,7 +236,7 @@ def serve(
     """
     shared = SharedMaps.of(call, asked.shares) if shared is None else shared
     spared = ignored(call, asked.blends, tensors.heads)
-    q, k, mask_rows = tensors.q, tensors.k, None
+    q, k, mask_rows, total = tensors.q, tensors.k, None, None
     if shared is not None:
         all_q, all_k, places = shared.gather(tensors)
         if asked.edits or asked.reads or spared:
@@ -245,9 +248,11 @@ def serve(
     elif shared is not None:
         out = shared.attend(tensors, all_q, all_k, places, kernel)
     else:
-        out = tensors.open(kernel.whole(*tensors.given))
+        told = attend(q, k, tensors.v, tensors.scale) if asked.edits and kernel.plain else None
+        out, total = (tensors.open(kernel.whole(*tensors.given)), None) if told is None else told
     requests = (asked.edits, asked.reads)
-    out = edit_and_read(call, requests, tensors, (q, k), out, mask_rows=mask_rows, block_replaced=kernel.block_replaced)
+    qk = (q, k, total)
+    out = edit_and_read(call, requests, tensors, qk, out, mask_rows=mask_rows, block_replaced=kernel.block_replaced)
     for request in asked.blends:
         out = blend(call, request, tensors, out, kernel)
     return tensors.join(out)

@@ -52,12 +52,14 @@ class Kernel:
         whole: on q, k, v as the block gave them.
         function: ``function(q, k, v, heads, **settings)``, ComfyUI's, for other rows and heads.
         settings: keywords of the call.
+        plain: it is PyTorch's attention without a mask, so that another way to compute the same may be taken.
         block_replaced: another pack computes the output, and may add to the text's (an IP-Adapter's picture).
     """
 
     whole: Callable[[Tensor, Tensor, Tensor], Tensor]
     function: Callable[..., Tensor]
     settings: dict[str, Any] = field(default_factory=dict)
+    plain: bool = False
     block_replaced: bool = False
 
     def part(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:

@@ -63,3 +63,17 @@ def test_shared_map():
     mask = tensor(1, 1, M, N, seed=8)
     ours = attention.shared(Q[:1], K[:1], values, 0.6, mask)
     torch.testing.assert_close(ours, naive(Q[:1], K[:1], 0.6, mask) @ values)
+
+
+def test_a_kernel_that_tells_the_sums_of_its_rows():
+    """From them, few columns' weights need no other column."""
+    q, k, v = Q.float(), K.float(), V.float()
+    out, total = attention.attend(q, k, v, 0.7)
+    full = naive(Q, K, 0.7)
+    torch.testing.assert_close(out, (full @ V).float())
+    torch.testing.assert_close(
+        total.double(), (Q @ K.transpose(-1, -2) * 0.7).logsumexp(-1), check_dtype=False, rtol=1e-5, atol=1e-5
+    )
+    torch.testing.assert_close(attention.of_columns(q, k[:, :, [3, 0]], total, 0.7), full[..., [3, 0]].float())
+    assert attention.attend(q.requires_grad_(), k, v) is None  # gradients are others' to take care of
+    assert attention.attend(q.detach(), k[:, :1], v[:, :1]) is None and attention.attend(q.detach().to("meta"), k, v) is None

@@ -4,13 +4,16 @@ import dataclasses
 
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
 from attune.demo import model as demo_model
 from attune.language.weights import Weighted, weighted
 from attune.language.words import Phrase, encode_prompt, prompt_words
+from attune.methods import attention
 from attune.nodes.weights import AttuneWordWeights
 from attune.nodes.words import AttuneWords
 from attune.patches import fusion, headfilter, prompts, refine, regulation, scfg, softpag, weights
+from attune.patches.hook import forward
 from attune.patches.hook.install import model_sites, request
 from attune.patches.hook.requests import EditWeights, ReadWeights
 from attune.patches.hook.sites import select
@@ -188,6 +191,37 @@ def test_pictures_of_a_forward_of_our_own_keep_their_masks():
     both = run(masks, 2)
     close(both[:1], run(masks[:1], 2)[:1])
     close(both[1:], run(masks[1:], 2)[1:])
+
+
+@pytest.mark.parametrize("name", ["sd15", "sd3", "flux", "z_image"])
+def test_a_kernel_that_tells_its_sums_spares_the_map(name, monkeypatch):
+    """PyTorch's, as on most GPUs: the same picture, no map is computed, and two phrases cost next to nothing."""
+    model, mask = families.shared(name), torch.eye(4)
+    patched = weights.apply(model, PROMPT, chosen(2.0, -0.5), mask)
+    settings = {"steps": 1, "size": (32, 32), "positive": SOFT}
+    right = sample(patched, **settings)
+    monkeypatch.setattr(forward, "PLAIN", {"attention_pytorch", "attention_sub_quad"})
+    monkeypatch.setattr(attention, "probabilities", None)  # the whole map
+    close(sample(patched, **settings), right, 1e-4)
+    counts = []
+    for one in (model, patched):
+        with FlopCounterMode(display=False) as counter:
+            sample(one, **settings)
+        counts.append(counter.get_total_flops())
+    assert counts[1] < 1.03 * counts[0]
+
+
+def test_a_film_has_its_mask_in_every_frame():
+    model = families.shared("wan")
+    mask = torch.zeros(8, 8)
+    mask[:4] = 1
+    ours = sample(weights.apply(model, PROMPT, chosen(2.0), mask), steps=1, frames=3)
+
+    def gains_at(picture, y, x):
+        height = y[1] // 3  # frames are one under the other
+        return ((2.0 if y[0] % height < height / 2 else 0.0),) * 2
+
+    close(ours, sample(slow(model, (1, 2), gains_at, ATTENTION), steps=1, frames=3), 1e-3)
 
 
 # --- what is refused ---
