@@ -13,6 +13,7 @@ from .headfilter import AttuneHeadFilter
 from .headhunter import AttuneHeadHunter, AttunePromptList
 from .heads import AttuneHeads, AttuneLoadHeads, AttuneSaveHeads
 from .maps import AttuneAttentionMaps, AttuneSegmentation, AttuneShowMaps
+from .negative import AttuneNegative
 from .refine import AttuneRefineMaps
 from .regulation import AttuneRegulation
 from .scb import AttuneSCBPrompts
@@ -42,6 +43,7 @@ class Attune(ComfyExtension):
             AttuneHeadHunter,
             AttuneHeads,
             AttuneLoadHeads,
+            AttuneNegative,
             AttunePhraseFusion,
             AttunePreferenceScorer,
             AttunePromptList,

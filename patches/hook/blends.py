@@ -12,6 +12,7 @@ from torch import Tensor
 from .call import AttentionCall
 from .requests import ALL, IMAGE, BlendOutputs
 from .tensors import CallTensors, Kernel, index_or_slice
+from .texts import OtherText
 
 
 class ChosenHeads:
@@ -24,7 +25,7 @@ class ChosenHeads:
     """
 
     def __init__(self, call: AttentionCall, request: BlendOutputs, tensors: CallTensors, out: Tensor, kernel: Kernel):
-        self._tensors, self._kernel, self._whole = tensors, kernel, out
+        self._call, self._tensors, self._kernel, self._whole = call, tensors, kernel, out
         numbers = call.rows(request.rows)
         self.rows: Any = numbers if isinstance(numbers, slice) else index_or_slice(numbers, out.device)
         heads = request.where[call.site.name, call.kind]
@@ -82,6 +83,29 @@ class ChosenHeads:
             ``[R, h, M, d]``.
         """
         return self._kernel.part(self.q if q is None else q, self._all("k", k), self._all("v", v), self._mask())
+
+    def kernel(self, q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None) -> Tensor:
+        """ComfyUI's kernel for any queries, keys and values of these rows and heads."""
+        return self._kernel.part(q, k, v, mask)
+
+    @cached_property
+    def all_keys(self) -> Tensor:
+        """The keys of all tokens that the call has."""
+        return self._all("k", None)
+
+    @cached_property
+    def all_values(self) -> Tensor:
+        """The values of all tokens that the call has."""
+        return self._all("v", None)
+
+    @property
+    def replaced(self) -> bool:
+        """Whether another pack computes the output, and may add to the text's (an IP-Adapter's picture)."""
+        return self._kernel.block_replaced
+
+    def with_text(self, text: OtherText) -> Tensor:
+        """What the output would be with another text, which the request names; all heads, conditional rows, image tokens."""
+        return self._call.texts[text].attend(self._call, self)
 
     def _all(self, name: str, new: Tensor | None) -> Tensor:
         whole: Tensor = getattr(self._tensors, name)[self.where(slice(None))]

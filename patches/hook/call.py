@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from .parts import Chunk, chunks_of
 from .requests import ALL, COND, UNCOND, Rows
 from .run import SamplingRun
 from .sites import Site
+from .texts import OtherText, TextAttention
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,7 @@ class AttentionCall:
         run: the run's state, or None outside a sampling run.
         forward: state of this forward alone, for whoever has to bring several of its calls together.
         first_times: of each chunk, whether this is its first forward in this evaluation (see `Chunk`).
+        texts: what the conditional rows attend to with other texts than the prompt.
         tiles: rows of each picture, next to each other; more than one where another pack cuts pictures up (HyperTile).
         source: in a forward of our own, which of the normal forward's pictures each of its own is; None: the same ones.
     """
@@ -50,6 +53,7 @@ class AttentionCall:
     run: SamplingRun | None
     forward: dict[Any, Any] = field(default_factory=dict)
     first_times: tuple[bool, ...] = ()
+    texts: Mapping[OtherText, TextAttention] = field(default_factory=dict)
     tiles: int = 1
     source: tuple[int, ...] | None = None
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from typing import Any
@@ -22,6 +22,7 @@ from .run import EXTRA, RUN, ExtraForward, SamplingRun, step_at
 from .sharing import SharedMaps
 from .sites import Site
 from .tensors import CallTensors, Kernel, index_or_slice
+from .texts import OtherText, TextAttention
 
 OVERRIDE = "optimized_attention_override"  # ComfyUI's name of it
 PLAIN = {"attention_pytorch"}  # ComfyUI's functions whose kernel can be asked for the sums of its rows too
@@ -54,6 +55,7 @@ class Forward:
     Attributes:
         x, context: the model's input and text.
         options: of this forward alone.
+        texts: what the conditional rows attend to with other texts than the prompt.
         name: the site of the calls that come next; no name where they are none of ours.
         kind: of the call that is going on.
         to_come: kinds of the calls that come next, in order.
@@ -69,7 +71,9 @@ class Forward:
         context: Tensor | None,
         options: dict[str, Any],
         first_times: tuple[bool, ...] = (),
+        texts: Mapping[OtherText, TextAttention] | None = None,
     ):
+        self.texts = texts or {}
         self.x, self.context, self.options, self.first_times = x, context, options, first_times
         self.family = family
         self.run: SamplingRun | None = options.get(RUN)
@@ -203,6 +207,7 @@ class Forward:
             run=self.run,
             forward=self.state,
             first_times=self.first_times,
+            texts=self.texts,
             tiles=max(1, batch // len(self.x)),
             source=own.rows if own else None,
         )

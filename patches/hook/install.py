@@ -8,11 +8,11 @@ from typing import Any, TypeAlias
 import comfy.patcher_extension
 from torch import Tensor, nn
 
-from . import prefix_cache
+from . import prefix_cache, texts
 from .families import family, family_of, sites
 from .families.base import Block
 from .forward import Forward
-from .requests import ReadWeights, Request
+from .requests import BlendOutputs, ReadWeights, Request
 from .run import EXTRA, RUN, ExtraForward, SamplingRun
 from .sites import Site
 from .views import Around, through, view, with_blocks
@@ -90,11 +90,19 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
             "Attune's nodes do not work with DualCFGGuider, which guides by three prompts at once. Use CFGGuider or a KSampler, or connect the "
             "model from before them."
         )
-    executor.class_obj.model_options.setdefault("transformer_options", {})[RUN] = run
+    options = executor.class_obj.model_options.setdefault("transformer_options", {})
+    options[RUN] = run
+    if run.conds:
+        run.texts = texts.join(run.conds, _texts(options.get(REQUESTS, ())))
     out = executor(*args, **kwargs)
     for publish in run.finished:
         publish()
     return out
+
+
+def _texts(requests: Sequence[Request]) -> list[texts.OtherText]:
+    """The texts that requests ask about."""
+    return [r.text for r in requests if isinstance(r, BlendOutputs) and r.text is not None]
 
 
 def _predict_noise(executor: Any, *args: Any, **kwargs: Any) -> Any:
@@ -131,11 +139,14 @@ def _apply_model(
     family = family_of(getattr(base.diffusion_model, "_orig_mod", base.diffusion_model))  # not compiled
     first_times = () if run is None or own else run.first_times(options)
     blocks: dict[Block, nn.Module] = {}
-    if run is not None and own is not None and own.replay_before is not None:
+    others = texts.attending(family, _texts(asked), run, texts.Inputs(executor.original, base, x, t, c_concat, options, kwargs))
+    if others and family.runs_text:
+        pass  # another text has to run through every block, so nothing is replayed
+    elif run is not None and own is not None and own.replay_before is not None:
         blocks = run.prefixes.stand_ins(family, own.replay_before, x, options, own.rows)
     elif run is not None and prefixes:
         blocks = run.prefixes.recorders(family, prefixes, x, options, first_times)
-    around = family.locate(Forward(family, asked, x, c_crossattn, options, first_times)) if asked else {}
+    around = family.locate(Forward(family, asked, x, c_crossattn, options, first_times, others)) if asked else {}
     for block, act in around.items():
         if own is None or block not in blocks:  # a block that is replayed attends to nothing
             blocks[block] = Around(blocks.get(block, family.block(block)), act)
@@ -149,7 +160,4 @@ def _apply_model(
         out = go_on(x, t, c_concat, c_crossattn, control, options, **kwargs)
         if not around or not model.attune_read.isdisjoint(family.attributes):
             return out
-    raise RuntimeError(
-        "Attune cannot find the model's attention layers, since another node has put a function of its own in place of the model's; take that "
-        "node out."
-    )
+    raise RuntimeError(texts.NOT_FOUND)

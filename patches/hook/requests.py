@@ -15,6 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .blends import ChosenHeads
     from .call import AttentionCall
+    from .texts import OtherText
 
 COND, UNCOND, ALL = "cond", "uncond", "all"
 IMAGE, TEXT = "image", "text"
@@ -154,12 +155,14 @@ class BlendOutputs(Request):
             and tokens, and attention with some of them replaced.
         tokens: whose output it is: ``image``, ``text`` (in joint attention) or ``all``, which in joint attention is text and image.
         ignores_output: the blend does not use the kernel's output, which is spared where all of it is ignored.
+        text: another text, for which the blend may ask (`ChosenHeads.with_text`).
     """
 
     blend: Callable[[AttentionCall, ChosenHeads], Tensor]
     _: KW_ONLY
     tokens: str = IMAGE
     ignores_output: bool = False
+    text: OtherText | None = None
 
     def __post_init__(self) -> None:
         _check_tokens(self, (IMAGE, TEXT, ALL))

@@ -37,6 +37,7 @@ class SamplingRun:
 
     Attributes:
         conds: the guider's conditionings by role.
+        texts: the role, among ``conds``, of every text other than the prompt.
         sites: the places of the models met so far.
         state: every method's own.
         finished: called, in order, after a run that came to its end.
@@ -45,6 +46,7 @@ class SamplingRun:
     """
 
     conds: Mapping[str, list[dict[str, Any]]] = field(default_factory=dict)
+    texts: Mapping[Any, str] = field(default_factory=dict)
     sites: dict[int, dict[str, Site]] = field(default_factory=dict)
     prefixes: PrefixCache = field(default_factory=PrefixCache)
     state: dict[Any, Any] = field(default_factory=dict)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
 
-from torch import Tensor, nn
+from torch import Tensor, cat, nn
 
 from ..sites import Site
 from ..views import Around
@@ -47,6 +47,9 @@ class Family:
         known_by: attributes that a diffusion model of this kind has.
         containers: attributes that hold its blocks, in order of execution, and what the blocks' sites are called.
         skips: whether later blocks take the outputs of all blocks before them, not only of the last.
+        projects_text: whether cross-attention takes its keys and values straight from the text that the model is given.
+        runs_text: whether the text is computed on in the blocks, not only looked at.
+        of_picture: keywords of the model that are the picture's, whatever the text.
     """
 
     name: ClassVar[str]
@@ -54,6 +57,9 @@ class Family:
     known_by: ClassVar[tuple[str, ...]] = ()
     containers: ClassVar[tuple[tuple[str, str], ...]]
     skips: ClassVar[bool] = False
+    projects_text: ClassVar[bool] = False
+    runs_text: ClassVar[bool] = False
+    of_picture: ClassVar[tuple[str, ...]] = ("guidance",)
 
     def __init__(self, diffusion_model: Any):
         self.model = diffusion_model
@@ -101,8 +107,36 @@ class Family:
         raise NotImplementedError
 
     def tokens(self, forward: Forward, queries: int, keys: int) -> Tokens:
-        """What the tokens of the call that is going on are."""
+        """What the tokens of the call that is going on are; of the forward, ``x``, ``context``, ``kind`` and ``run`` may be asked."""
         raise NotImplementedError
+
+    # --- another text than the prompt, see `texts` ---
+
+    def text_keys(self, site: Site, context: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values ``[B, N, heads · d]`` of a text in cross-attention; asked of a family that projects it."""
+        raise NotImplementedError
+
+    def strip(self, x: Tensor) -> Tensor:
+        """A part of the model's inputs, as small as can be and as long as their longer side."""
+        raise NotImplementedError
+
+    def counting(self, options: dict[str, Any]) -> dict[str, Any]:
+        """Options of a forward that let this object count what `tokens` needs."""
+        return options
+
+    def given(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], before: tuple[Any, ...] | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A block's arguments, with what the block ``before`` it gave, if there was one."""
+        raise NotImplementedError
+
+    def text_part(self, tokens: Tokens) -> slice:
+        """All tokens that come and go with the text in joint attention, its padding too."""
+        raise NotImplementedError
+
+    def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
+        """A block's keywords while its calls of attention matter."""
+        return kwargs
 
 
 class Replayed(nn.Module):
@@ -130,6 +164,8 @@ def _hands_on(handed_on: Callable[..., Any]) -> Replayed:
 class Transformer(Family):
     """A stack of blocks that attend to text and image, each once or several times; subclasses are descriptions."""
 
+    runs_text = True
+
     def attention(self, block: Any) -> tuple[int, tuple[str, ...]]:
         """Of a block: its heads, and the kinds of its calls of attention in order."""
         raise NotImplementedError
@@ -151,10 +187,6 @@ class Transformer(Family):
             name = f"{dict(self.containers)[attribute]}.{number}"
             found.append(Site(name, heads, kinds, len(found), (attribute, number), self.patch))
         return found
-
-    def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
-        """A block's keywords while calls in it are counted."""
-        return kwargs
 
     def locate(self, forward: Forward) -> dict[Block, Callable[..., Any]]:
         def entering(site: Site) -> Callable[..., Any]:
@@ -181,6 +213,25 @@ class Transformer(Family):
         """The prompt's tokens, and where the image begins; of a joint call, ``joint`` tokens are not of the image's grid."""
         return slice(0, joint), joint
 
+    def strip(self, x: Tensor) -> Tensor:
+        x = x[:, :, :1] if x.ndim == 5 else x
+        return x[..., : self.patch] if x.shape[-2] >= x.shape[-1] else x[..., : self.patch, :]
+
+    def given(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], before: tuple[Any, ...] | None
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        if before is None:
+            return args, kwargs
+        states = self.handed_on(*args, **kwargs)
+        states = states if isinstance(states, tuple) else (states,)
+        if len(states) < len(before):  # double blocks are over: the text, then the image
+            before = (cat(before[::-1], dim=1),)
+        new = {id(old): state for old, state in zip(states, before, strict=True)}
+        return tuple(new.get(id(a), a) for a in args), {name: new.get(id(a), a) for name, a in kwargs.items()}
+
+    def text_part(self, tokens: Tokens) -> slice:
+        return slice(tokens.text.start, tokens.image.start)
+
     def tokens(self, forward: Forward, queries: int, keys: int) -> Tokens:
         height, width = (-(-n // self.patch) for n in forward.x.shape[-2:])
         count = height * width
@@ -195,13 +246,16 @@ class TextFirst(Transformer):
         super().__init__(diffusion_model)
         self.before = 0  # tokens before the image; other packs may put tokens of their own before the prompt's
 
-    def locate(self, forward: Forward) -> dict[Block, Callable[..., Any]]:
+    def counting(self, options: dict[str, Any]) -> dict[str, Any]:
         def count(args: dict[str, Any]) -> dict[str, Any]:
             self.before = args["txt"].shape[1]
             return args
 
-        patches = dict(forward.options.get("patches", {}))
-        forward.options["patches"] = {**patches, "post_input": [*patches.get("post_input", ()), count]}
+        patches = dict(options.get("patches", {}))
+        return {**options, "patches": {**patches, "post_input": [*patches.get("post_input", ()), count]}}
+
+    def locate(self, forward: Forward) -> dict[Block, Callable[..., Any]]:
+        forward.options.update(self.counting(forward.options))
         return super().locate(forward)
 
     def layout(self, forward: Forward, joint: int) -> tuple[slice, int]:
@@ -218,6 +272,8 @@ class TextFirst(Transformer):
 
 class Separate(Transformer):
     """A transformer whose blocks attend among the image first, which may be a film, then to the text."""
+
+    runs_text = False
 
     def tokens(self, forward: Forward, queries: int, keys: int) -> Tokens:
         height, width = (-(-n // self.patch) for n in forward.x.shape[-2:])

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from .base import TextFirst
+from .base import TextFirst, Tokens
 
 if TYPE_CHECKING:
     from ..forward import Forward
@@ -49,6 +49,9 @@ class Flux2(Flux):
         cond = None if forward.run is None else forward.run.prompt
         text = None if cond is None else cond.get("cross_attn")
         return min(text.shape[1], given) if isinstance(text, Tensor) else given
+
+    def text_part(self, tokens: Tokens) -> slice:
+        return slice(0, tokens.image.start)
 
 
 class Chroma(Flux):

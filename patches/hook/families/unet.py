@@ -63,6 +63,7 @@ class UNet(Family):
     known_by = ()
     containers = (("input_blocks", "input"), ("middle_block", "middle"), ("output_blocks", "output"))
     skips = True
+    projects_text = True
 
     def blocks(self) -> list[Block]:
         found: list[Block] = []
@@ -137,6 +138,10 @@ class UNet(Family):
             return forward.around_owner(q, k, v, extra["n_heads"], attend)
 
         return replacement
+
+    def text_keys(self, site: Site, context: Tensor) -> tuple[Tensor, Tensor]:
+        module = self.attention_module(site, "cross")
+        return module.to_k(context), module.to_v(context)
 
     def tokens(self, forward: Forward, queries: int, keys: int) -> Tokens:
         height, width = forward.shape[-2:] if forward.shape else (1, queries)

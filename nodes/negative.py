@@ -1,0 +1,73 @@
+"""Negative Prompt at cfg 1: what a picture should not show, where CFG is off."""
+
+from __future__ import annotations
+
+from comfy_api.latest import io
+
+from ..patches import negative as method
+from ..patches.negative import AUTOMATIC, Settings
+from .base import AttuneNode
+from .inputs import percents, steered_model
+
+
+class AttuneNegative(AttuneNode):
+    @classmethod
+    def define_schema(cls) -> io.Schema:
+        return io.Schema(
+            node_id="AttuneNegative",
+            display_name="Negative Prompt at cfg 1",
+            category="Attune",
+            description="A negative prompt that works without CFG, as fast models need it (normalised attention guidance): wherever the picture "
+            "looks at the prompt, what it finds moves away from what it would find with the negative. With CFG it adds to CFG's own negative.",
+            inputs=[
+                steered_model(),
+                io.Conditioning.Input(
+                    "negative",
+                    tooltip="What the picture should not show, from CLIP Text Encode: write the things themselves (“glasses”), not “no …”. "
+                    "It may be of any length. The sampler's own negative is another one, and does nothing at cfg 1.",
+                ),
+                io.Float.Input(
+                    "scale",
+                    default=Settings.scale,
+                    min=AUTOMATIC,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="How far to move away from the negative. 1 is off, more is stronger; change this one first. -1 is the model's own: "
+                    "3 for SD1.5 and SDXL, 5 for SD3 and FLUX.",
+                ),
+                io.Float.Input(
+                    "tau",
+                    default=Settings.tau,
+                    min=AUTOMATIC,
+                    max=100.0,
+                    step=0.1,
+                    round=0.01,
+                    tooltip="How many times as large the picture's attention may become. Less is safer; 1 lets it only change direction. -1 is "
+                    "the model's own: 2.5.",
+                ),
+                io.Float.Input(
+                    "alpha",
+                    default=Settings.alpha,
+                    min=AUTOMATIC,
+                    max=1.0,
+                    step=0.01,
+                    tooltip="How much of the change is taken. 0 is off; more is stronger, and costs detail. -1 is the model's own: 0.5 for "
+                    "SD1.5 and SDXL, 0.25 for SD3 and FLUX.",
+                ),
+                *percents(
+                    Settings,
+                    "Where in sampling to begin: 0 is the first step.",
+                    "Where in sampling to stop. What is in the picture is decided early, so 0.5 saves time and keeps most of the effect.",
+                ),
+            ],
+            outputs=[
+                io.Model.Output(
+                    display_name="model", tooltip="The model with the negative in it: connect it to a KSampler with cfg 1."
+                )
+            ],
+        )
+
+    @classmethod
+    def execute(cls, model, negative, scale, tau, alpha, start_percent, end_percent) -> io.NodeOutput:
+        return io.NodeOutput(method.apply(model, negative, scale, tau, alpha, start_percent, end_percent))
