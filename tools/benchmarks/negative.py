@@ -55,6 +55,11 @@ def rows(strengths: Sequence[Strength]) -> list[Row]:
     return [Row("plain", lambda base, texts: base), *map(with_strength, strengths)]
 
 
+def _strength(text: str) -> Strength:
+    scale, tau, alpha = map(float, text.split(","))
+    return scale, tau, alpha
+
+
 def unwanted(caption: world.Caption, words: str) -> str:
     """The negative's text: the second thing, as the prompt has it or by its name alone."""
     thing = caption.things[1]
@@ -74,7 +79,7 @@ def effect(args: argparse.Namespace) -> None:
     """Print, per row, how often each of the two things is there, and paired differences to plain with 95 % intervals."""
     captions = world.prompts(args.split, args.prompts, 2)
     base, clip, vae = model.load()
-    strengths = [tuple(map(float, s.split(","))) for s in args.strengths] or [OWN]
+    strengths = [_strength(s) for s in args.strengths] or [OWN]
     first: dict[str, list[bool]] = {}
     print(
         "| variant | the unwanted thing present | against plain | the other present | against plain | the other as said | against plain | time |"
