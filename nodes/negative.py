@@ -34,7 +34,7 @@ class AttuneNegative(AttuneNode):
                     step=0.1,
                     round=0.01,
                     tooltip="How far to move away from the negative. 1 is off, more is stronger; change this one first. -1 is the model's own: "
-                    "3 for SD1.5 and SDXL, 5 for SD3 and FLUX.",
+                    "3 for SD1.5 and SDXL, 11 for Wan, 5 for others.",
                 ),
                 io.Float.Input(
                     "tau",
@@ -44,7 +44,7 @@ class AttuneNegative(AttuneNode):
                     step=0.1,
                     round=0.01,
                     tooltip="How many times as large the picture's attention may become. Less is safer; 1 lets it only change direction. -1 is "
-                    "the model's own: 2.5.",
+                    "the model's own: 2.5, and 3.5 for Wan.",
                 ),
                 io.Float.Input(
                     "alpha",
@@ -53,7 +53,7 @@ class AttuneNegative(AttuneNode):
                     max=1.0,
                     step=0.01,
                     tooltip="How much of the change is taken. 0 is off; more is stronger, and costs detail. -1 is the model's own: 0.5 for "
-                    "SD1.5 and SDXL, 0.25 for SD3 and FLUX.",
+                    "SD1.5, SDXL and Wan, 0.25 for others.",
                 ),
                 *percents(
                     Settings,

@@ -6,7 +6,6 @@ import torch
 from attune.demo import model as demo_model
 from attune.nodes.negative import AttuneNegative
 from attune.patches import headfilter, negative, softpag
-from attune.patches.hook.install import model_sites
 from attune.patches.maps import recorder
 from attune.patches.maps.record import Settings as Kept
 from attune.tests import families
@@ -26,13 +25,12 @@ def guided(plus, minus, scale, tau, alpha):
     return alpha * beyond / ratio * ratio.clamp(max=tau) + (1 - alpha) * plus
 
 
-def reference(model, scale, tau, alpha, positive=7, other=7):
+def reference(model, scale, tau, alpha, size=(8, 12)):
     """The model with the unconditional rows as the negative, both in one batch, and every attention to text written out in float64.
 
     In joint attention the picture's tokens of both rows get the guided output, as in ComfyUI's own node.
     """
-    sites = model_sites(model)[1]
-    calls = [(s, kind) for s in sites for kind in s.kinds]
+    calls, real = families.calls_of(model), tuple(families.latent(model, *size).shape[-2:])
     patched = model.clone()
     patched.model_options["disable_cfg1_optimization"] = True
     count = [0]
@@ -40,6 +38,8 @@ def reference(model, scale, tau, alpha, positive=7, other=7):
     def override(func, q, k, v, heads, *rest, **kwargs):
         _, kind = calls[count[0] % len(calls)]
         count[0] += 1
+        if not kind:
+            return func(q, k, v, heads, *rest, **kwargs)
         if not kwargs.get("skip_reshape"):
             q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
         q, k, v = q.double(), k.double(), v.double()
@@ -54,15 +54,16 @@ def reference(model, scale, tau, alpha, positive=7, other=7):
         if kind == "cross":
             out[plus] = guided(out[plus], attend(q[plus], k[minus], v[minus]), scale, tau, alpha)
         elif kind == "joint":
-            both = guided(out[plus, :, positive:], out[minus, :, other:], scale, tau, alpha)
-            out[plus, :, positive:] = out[minus, :, other:] = both
+            _, image = families.image_tokens(model, real, q.shape[2])
+            both = guided(out[plus, :, image], out[minus, :, image], scale, tau, alpha)
+            out[plus, :, image] = out[minus, :, image] = both
         return out.transpose(1, 2).flatten(2).float()
 
     patched.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = override
     return patched
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.EVERY)
 def test_equals_the_written_out_run(name):
     """Of texts with one pooled vector: the batch's second picture is modulated by its own, ours by the prompt's."""
     model, other = families.shared(name), text(2, pooled_output=text(1)[0][1]["pooled_output"])
