@@ -7,6 +7,7 @@ from comfy_api.latest import ComfyExtension, io
 from .decompose import AttuneDecompose
 from .demo import AttuneDemoModel
 from .detail import AttuneDetailSampler, AttuneEncodeBranches
+from .fix import AttuneFix
 from .fusion import AttunePhraseFusion
 from .gate import AttuneSemanticGate
 from .headfilter import AttuneHeadFilter
@@ -39,6 +40,7 @@ class Attune(ComfyExtension):
             AttuneDetailSampler,
             AttuneDiversity,
             AttuneEncodeBranches,
+            AttuneFix,
             AttuneHeadFilter,
             AttuneHeadHunter,
             AttuneHeads,

@@ -99,6 +99,7 @@ OURS: dict[str, Patch] = {
         nodes.AttuneWordWeights, words=_words, weights="star: 1", mask=lambda _: torch.eye(2).repeat(3, 5), mode="value"
     ),
     "Negative Prompt at cfg 1": _ours(nodes.AttuneNegative, negative=lambda _: models.conditioning("a grey wall")),
+    "Fix My Prompt": _ours(nodes.AttuneFix, clip=lambda _: models.clip(), text=models.PROMPT, problem="something is missing"),
     "Head Filter": _ours(nodes.AttuneHeadFilter, heads=lambda family: models.heads(family, "L0-2H0"), kind="both"),
 }
 CORES: dict[str, Patch] = {
