@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..patches import negative as method
 from ..patches.negative import AUTOMATIC, Settings
-from .base import AttuneNode
+from .base import AttuneNode, in_menu
 from .inputs import percents, steered_model
 
 
@@ -16,7 +16,7 @@ class AttuneNegative(AttuneNode):
         return io.Schema(
             node_id="AttuneNegative",
             display_name="Negative Prompt at cfg 1",
-            category="Attune",
+            **in_menu("Guidance", "NAG", "normalized attention guidance", "negative", "negative prompt", "cfg 1"),
             description="A negative prompt that works without CFG, as fast models need it (normalised attention guidance): wherever the picture "
             "looks at the prompt, what it finds moves away from what it would find with the negative. With CFG it adds to CFG's own negative.",
             inputs=[
