@@ -69,7 +69,7 @@ class AttuneWordWeights(AttuneNode):
                     "mask",
                     optional=True,
                     tooltip="Where the weights hold; elsewhere the phrases weigh “outside”. One mask for all, or a batch with one for each "
-                    "phrase, in their order. Soft edges and any size will do. With weight 1 it only says where a thing goes.",
+                    "phrase, in their order. Soft edges and any size will do. To put a thing in its place, let it weigh 5, and -2 outside.",
                 ),
                 io.Combo.Input(
                     "mode",
