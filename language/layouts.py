@@ -8,6 +8,8 @@ from typing import Any
 import torch
 
 Place = tuple[str, int]  # an encoder's name among the tokens, and the token's place in all of its chunks
+NOBODY = ""  # in place of a name: padding that no encoder has made
+ANIMA = 512  # columns that Anima's context has at least
 WIDTH = 4  # channels of a stand-in's output
 FAR = 1 << 24  # tokens; between the numbers of two encoders
 
@@ -54,8 +56,11 @@ def places(clip: Any, tokens: Mapping[str, Any]) -> list[Place]:
         column = out[0, :, 0].tolist()
     except Exception as error:
         raise ValueError(_unknown(names)) from error
-    if rest and "t5xxl_ids" in rest[0]:  # the model makes its context of these and of the encoder's output
-        raise ValueError(_unknown(names))
+    if rest and "t5xxl_ids" in rest[0]:  # Anima makes a context of its own: a column for each of these, and zeros
+        if "t5xxl" not in names:
+            raise ValueError(_unknown(names))
+        count = len(rest[0]["t5xxl_ids"])
+        return [("t5xxl", i) for i in range(count)] + [(NOBODY, i) for i in range(count, ANIMA)]
     found = [(names[int(number) // FAR], int(number) % FAR) for number in column]
     if len(set(found)) != len(found):
         raise ValueError(_unknown(names))

@@ -12,7 +12,7 @@ from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import Any
 
-from .layouts import places
+from .layouts import NOBODY, places
 from .nouns import noun_spans
 from .text import WORD, Written, as_typed, placed_segments, plain_text, starts_of, without_embeddings, word_key, word_keys
 from .tokens import T5, Encoded, encoders, fingerprint, known, language_models
@@ -129,7 +129,7 @@ def prompt_words(clip: Any, text: str, words: str | None = "") -> Words:
         context, total = _context(encoded, tokens)
     else:
         layout = {place: column for column, place in enumerate(places(clip, tokens))}
-        encoded = language_models(clip, tokens, [name for name, _ in layout], prompt, segments)
+        encoded = language_models(clip, tokens, [name for name, _ in layout if name != NOBODY], prompt, segments)
         total = len(layout)
 
         def context(columns: Mapping[str, Iterable[int]]) -> tuple[int, ...]:

@@ -9,6 +9,7 @@ import comfy.patcher_extension
 import torch
 from torch import Tensor
 
+from ..language.layouts import ANIMA
 from ..language.words import PROMPT, column_lengths
 from .hook.call import AttentionCall
 from .hook.install import REQUESTS, ModelPatcher, model_sites
@@ -81,7 +82,7 @@ def compare_words(method: str, words: Words, cond: Mapping[str, Any], observer: 
     columns = context.shape[1]
     if made_of is not None and words.tokens:
         other = made_of.tokens != words.tokens
-    elif words.lengths and len(words.lengths) == columns and words.special[:1] == (0,):
+    elif words.lengths and len(words.lengths) == columns == words.total and words.special[:1] == (0,):
         lengths, known = column_lengths(context), words.lengths
         differs = [abs(lengths[c] - known[c]) > SAME * abs(known[c]) for c in words.special]
         other = not differs[0] and any(differs[1:])
@@ -102,8 +103,11 @@ def compare_columns(method: str, words: Words, cond: Mapping[str, Any]) -> None:
     Raises:
         ValueError: when they differ.
     """
-    context = cond.get("cross_attn")
-    if isinstance(context, Tensor) and (columns := context.shape[1]) != words.total:
+    context, ids = cond.get("cross_attn"), cond.get("t5xxl_ids")
+    if not isinstance(context, Tensor):
+        return
+    columns = context.shape[1] if ids is None else max(len(ids), ANIMA)  # of these Anima makes a context of its own
+    if columns != words.total:
         raise ValueError(
             f"{method}: these words are of a prompt with {words.total} token columns, and the sampler's positive prompt has "
             f"{columns}. Connect the same CLIP and the same text to Prompt Words and to CLIP Text Encode; prompts that "

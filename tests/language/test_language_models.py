@@ -4,7 +4,8 @@ import pytest
 import torch
 
 from attune.language.words import encode_prompt, prompt_words
-from attune.tests.text_encoders import LANGUAGE_MODELS, language_model
+from attune.patches import prompts
+from attune.tests.text_encoders import LANGUAGE_MODELS, LanguageModel, language_model
 
 PROMPTS = (
     "a red car and a zebra, then a red  car\nagain",
@@ -162,3 +163,23 @@ def test_the_conditioning_knows_the_prompt():
     ]
     words, conditioning = encode_prompt(clip, prompt_words(clip, "a (red car:1.4)", None))
     assert conditioning[0][1]["attune_prompt"].tokens == words.tokens and len(words.lengths) == words.total
+
+
+def test_anima_has_a_column_for_each_token_of_t5():
+    """Its model makes the context, of T5's tokens and of what its encoder gives."""
+    anima = pytest.importorskip("comfy.text_encoders.anima")
+    from types import SimpleNamespace
+
+    one = anima.AnimaTokenizer()
+    model = anima.AnimaTEModel.__new__(anima.AnimaTEModel)
+    torch.nn.Module.__init__(model)
+    model.clip = model.clip_name = "qwen3_06b"
+    model.qwen3_06b = LanguageModel(True)
+    clip = SimpleNamespace(tokenizer=one, cond_stage_model=model, tokenize=one.tokenize_with_weights)
+    found = prompt_words(clip, "a (red car:1.2) and a zebra", "red car")
+    ids = model.encode_token_weights(one.tokenize_with_weights("a (red car:1.2) and a zebra"))[2]["t5xxl_ids"]
+    assert found.total == 512 and not found.weighted  # ComfyUI uses the weights
+    assert read(clip, "t5xxl", ids[list(found.phrases[0].columns)]) == "redcar"
+    cond = {"cross_attn": torch.zeros(1, 9, 4), "t5xxl_ids": ids}
+    prompts.compare_words("Some Node", found, cond)
+    prompts.compare_columns("Some Node", found, cond)
