@@ -253,7 +253,8 @@ def serve(
     elif shared is not None:
         out = shared.attend(tensors, all_q, all_k, places, kernel)
     else:
-        told = attend(q, k, tensors.v, tensors.scale) if asked.edits and kernel.plain else None
+        edited = kernel.plain and any(call.rows(request.rows) != [] for request in asked.edits)
+        told = attend(q, k, tensors.v, tensors.scale) if edited else None
         out, total = (tensors.open(kernel.whole(*tensors.given)), None) if told is None else told
     requests = (asked.edits, asked.reads)
     qk = (q, k, total)
