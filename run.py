@@ -18,7 +18,7 @@ COMMANDS = {
         "judge methods on your checkpoint: pictures at the same seeds, scores and a report to send back",
     ),
     "locales": ("tools.locales", "write the English words of the nodes for the frontend, and check the other languages"),
-    "measurements": ("tools.measurements", "write the tables of MEASUREMENTS.md and the README from the benchmarks' results"),
+    "measurements": ("tools.measurements", "write the tables of MEASUREMENTS.md from the benchmarks' results"),
     "models": ("tools.models", "write the tables of MODELS.md: which node works on which model"),
     "architecture": ("tools.architecture", "write the picture of the folders and their imports into CONTRIBUTING.md"),
     "fuzz": ("tools.robustness.fuzz", "give every node ordinary and hostile inputs, and say which break it"),

@@ -1,4 +1,4 @@
-"""Write the tables of MEASUREMENTS.md and the README's table of costs from the benchmarks' results (``run.py measurements``).
+"""Write the tables of MEASUREMENTS.md, the table of costs among them, from the benchmarks' results (``run.py measurements``).
 
 A table stands between ``<!-- results: RECORD -->`` and ``<!-- end of results -->``. After the record's name may come the table's number in
 it (from 1), and ``without`` and the names of columns that are left out.
@@ -14,9 +14,9 @@ from .benchmarks.shared.records import RESULTS, Record, load
 from .runtime import RunError
 from .runtime.setup import ROOT
 
-PAGES = (ROOT / "MEASUREMENTS.md", ROOT / "README.md")
+PAGES = (ROOT / "MEASUREMENTS.md",)
 MARK = re.compile(r"(<!-- results: (\w+)(?: (\d+))?(?: without ([^>]+?))? -->\n).*?(<!-- end of results -->)", re.DOTALL)
-# Rows of the README's table of costs: what they are called there, the record, and its rows (times of several are listed).
+# Rows of the table of costs: what they are called there, the record, and its rows (times of several are listed).
 COSTS: tuple[tuple[str, str, tuple[str, ...]], ...] = (
     ("SoftPAG, middle block (the default)", "softpag_cost", ("SoftPAG, middle block",)),
     ("SoftPAG, last block", "softpag_cost", ("SoftPAG, last block",)),
@@ -61,14 +61,14 @@ def table(name: str, number: int = 1, without: Sequence[str] = ()) -> str:
 
 
 def costs() -> str:
-    """The README's table of costs."""
+    """The table of costs."""
     columns = ("FLOPs", "time", "memory beside the weights", "limit")
     lines = []
     for label, name, variants in COSTS:
         found = load(name).tables[0]
         rows = [dict(zip(found.columns, row, strict=True)) for v in variants for row in found.rows if row[0] == v]
         if len(rows) != len(variants):
-            raise RunError(f"{name}.json has no row for “{label}” in the README's table of costs.")
+            raise RunError(f"{name}.json has no row for “{label}” in the table of costs.")
         cells = [", ".join(dict.fromkeys(row.get(column, "") for row in rows)) for column in columns]
         lines.append([label, *("" if cell == "n/a" else cell for cell in cells)])
     sources = {load(name).command.removeprefix("python3 run.py "): load(name) for _, name, _ in COSTS}
