@@ -94,6 +94,7 @@ def result_of(made: Bench, log: Log) -> tuple[dict[str, Any], dict[str, bytes]]:
         "suite": made.config["suite"],
         "prompts": suite,
         "seeds": made.config["seeds"],
+        "batch": made.config["batch"],
         "methods": [[m.name, [[n, dict(x)] for n, x in m.nodes]] for m in made.methods],
         "heads": made.heads,
         "defaults": {n: defaults_of(n) for m in made.methods for n, _ in m.nodes},
@@ -234,6 +235,8 @@ def ratios(result: Mapping[str, Any]) -> dict[str, tuple[str, str]]:
     def middle(method: str, place: int) -> float:
         return float(torch.tensor([float(row[place]) for row in result["costs"] if row[0] == method] or [0.0]).median())
 
+    if result.get("batch", 1) > 1:  # some were drawn together and some alone
+        return {name: ("n/a", "n/a") for name, _ in result["methods"]}
     plain = middle(PLAIN, 3), middle(PLAIN, 4)
     return {
         name: tuple(f"{middle(name, k) / p:.2f}" if p else "n/a" for k, p in zip((3, 4), plain, strict=True))  # type: ignore[misc]

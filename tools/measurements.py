@@ -48,7 +48,8 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def source(record: Record) -> str:
     """Where the figures are from."""
-    return f"`{record.command}` at commit {record.commit} on {record.machine}"
+    replaced = f", {record.note}" if "bench prove" in record.note else ""
+    return f"`{record.command}` at commit {record.commit} on {record.machine}{replaced}"
 
 
 def table(name: str, number: int = 1, without: Sequence[str] = ()) -> str:

@@ -22,7 +22,8 @@ from ..patches.hook.install import model_sites
 from ..patches.hook.sites import Heads
 from ..patches.maps import recorder
 from ..patches.maps.record import Settings as Kept
-from .benchmarks.shared.pictures import generate, interval
+from ..prove.statistics import interval
+from .benchmarks.shared.pictures import generate
 
 CFG, STEPS, SEED = 5.0, 20, 5000
 

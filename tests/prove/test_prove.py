@@ -230,7 +230,7 @@ class Pixels:
         return pictures.repeat_interleave(8, -1).repeat_interleave(8, -2).movedim(1, -1)
 
 
-@pytest.mark.parametrize("name", families.NAMES)
+@pytest.mark.parametrize("name", families.EVERY)
 def test_every_family_is_drawn_and_judged(name, tmp_path):
     config = {**CONFIG, "suite": {"name": "shapes", "prompts": 1}, "width": 64, "height": 64, "scorers": ["demo: bound"]}
     loaded = methods.Loaded(families.shared(name), Text(), Pixels())

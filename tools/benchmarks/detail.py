@@ -1,14 +1,9 @@
-"""What Detail++ costs against a KSampler batch of as many pictures on an SD1.5-shaped UNet, and what it does on the bundled model.
-
-The effect: the paper's ablation, pictures of held-out prompts at the same seeds read back by the reader. Prompts are taken apart as
-Decompose Prompt does it.
-"""
+"""What Detail++ costs against a KSampler batch of as many pictures on an SD1.5-shaped UNet; and what it rests on, on the bundled model."""
 
 from __future__ import annotations
 
 import argparse
 import statistics
-import time
 import unittest.mock as mock
 from collections.abc import Callable, Sequence
 from types import MethodType
@@ -21,30 +16,22 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from ...demo import model, world
-from ...demo.reader import Reading, Verdict, load_reader, read
-from ...language.decompose import GRANULARITIES, ORDERS, decompose
+from ...demo.reader import Reading, load_reader, read
+from ...language.decompose import decompose
 from ...methods import detail as maths
 from ...patches.detail import sampler as detail
 from ...patches.detail.branches import BRANCH, EncodedBranch, SubjectColumns
-from ...patches.detail.encode import encode
-from ...patches.detail.session import FINISH, MASKS, MASKS_FROM, OPTIMIZE, Session, Settings
+from ...patches.detail.session import MASKS, OPTIMIZE, Session, Settings
+from ...prove.statistics import shown_share
 from .shared import speed
-from .shared.pictures import generate, shown_change, shown_share, verdicts
+from .shared.pictures import generate
 from .shared.records import recorded
 
-ROWS: dict[str, dict[str, Any]] = {  # the paper's table 2, and masks that do not overlap
-    "PDI": {"optimize": OPTIMIZE[0]},
-    "PDI + entropy": {"optimize": OPTIMIZE[1]},
-    "PDI + entropy + centroid": {"optimize": OPTIMIZE[2]},
-    "PDI, exclusive masks": {"optimize": OPTIMIZE[0], "masks": MASKS[1], "mask_threshold": 0.3},
-    "PDI + entropy + centroid, exclusive masks": {"optimize": OPTIMIZE[2], "masks": MASKS[1], "mask_threshold": 0.3},
-}
 COUNT = 4  # branches in the cost table: a base, one without details, two subjects
 SHARED, UNSHARED = "Detail++, every step shared", "Detail++, no step shared"
 UPDATED = "Detail++, every step optimised"
 LIMITS = {SHARED: 1.0}
 RUN = 30  # steps of the run whose cost is added up
-Draw = Callable[[str, int], Tensor]
 
 # --- the cost -----------------------------------------------------------------------------------------------------------
 
@@ -172,7 +159,7 @@ def flops(args: argparse.Namespace) -> None:
 
 def cost(argv: list[str]) -> None:
     """Print ratios of time and memory to the batch, rounds interleaved, the first one to warm up and to take the peaks."""
-    parser = argparse.ArgumentParser(prog="run.py bench detail", description=f"{__doc__} {EFFECT}")
+    parser = argparse.ArgumentParser(prog="run.py bench detail", description=f"{__doc__} Also: --premise.")
     parser.add_argument("--latent", type=int, default=64, help="latent height and width; 64 is 512×512 pixels")
     parser.add_argument("--width", type=int, default=320, help="model channels, a multiple of 32; 320 is SD1.5's")
     parser.add_argument("--steps", type=int, default=1, help="sampling steps in a timed run")
@@ -198,86 +185,16 @@ def cost(argv: list[str]) -> None:
         print(f"| {name} | {time_of} | {peaks[name] / peaks[first]:.3f} | {limit} |")
 
 
-# --- the effect ---------------------------------------------------------------------------------------------------------
+# --- the premise -------------------------------------------------------------------------------------------------------
 
 
-def draw(
-    base: Any, clip: Any, vae: Any, captions: Sequence[world.Caption], args: argparse.Namespace, settings: Settings
-) -> Tensor:
-    """One picture per caption; picture ``i`` starts from the noise of seed ``seed + i``, as `generate` has it."""
-    empty = clip.encode_from_tokens_scheduled(clip.tokenize(""))
-    out = []
-    with torch.inference_mode():
-        for i, caption in enumerate(captions):
-            branches = decompose(caption.text, args.granularity, args.order)
-            latent = {"samples": torch.zeros(1, 4, world.SIZE // 8, world.SIZE // 8)}
-            samples, _ = detail.sample(
-                base,
-                encode(clip, branches),
-                empty,
-                latent,
-                args.seed + i,
-                args.sampling_steps,
-                args.cfg,
-                args.sampler,
-                "normal",
-                settings=settings,
-                disable_pbar=True,
-            )
-            out.append(vae.decode(samples[-1:]))
-    return torch.cat(out)
-
-
-def table(captions: Sequence[world.Caption], args: argparse.Namespace) -> None:
-    """Shares with 95 % intervals, each row's difference to plain CFG and to the row above, and the time."""
-    base, clip, vae = model.load()
-    common = {
-        "share_until": args.share_until,
-        "share_max_tokens": args.share_max_tokens,
-        "mask_threshold": args.mask_threshold,
-        "optimize_steps": args.optimize_steps,
-        "step_size": args.step_size,
-        "finish": args.finish,
-        "masks_from": args.masks_from,
-    }
-    print(
-        "| variant | objects present | colours right | patterns right | background right | all bound | bound, against plain | against the row "
-        "above | s a picture |"
-    )
-    print("|---|---|---|---|---|---|---|---|---|")
-    before: list[list[Verdict]] = []
-    for name, changes in (("plain CFG", None), *((name, ROWS[name]) for name in args.rows)):
-        began = time.perf_counter()
-        if changes is None:
-            texts = [c.text for c in captions]
-            pictures = generate(base, clip, vae, texts, args.cfg, args.seed, args.sampling_steps)
-        else:
-            pictures = draw(base, clip, vae, captions, args, Settings(**{**common, **changes}))
-        seconds = (time.perf_counter() - began) / len(captions)
-        found = verdicts(pictures, captions)
-        cells: list[str] = []
-        answers = [[all(getattr(v, what)) for v in found] for what in ("present", "colour", "pattern")]
-        answers.append([bool(v.background) for v in found if v.background is not None])
-        answers.append([v.all_bound for v in found])
-        cells += map(shown_share, answers)
-        for other in (before[0], before[-1]) if before else ():
-            cells.append(shown_change([v.all_bound for v in other], [v.all_bound for v in found]))
-        before.append(found)
-        print(f"| {name} | {' | '.join(cells)} |{'' if len(before) > 1 else '  |  |'} {seconds:.2f} |", flush=True)
-    room = sum(all(v.present) and not v.all_bound for v in before[0])
-    print(
-        f"\nOf plain CFG's pictures {100 * room / len(captions):.1f} % have every thing but not every detail: the most that moving details "
-        "on the same layout can win."
-    )
-
-
-def premise(captions: Sequence[world.Caption], args: argparse.Namespace) -> None:
+def premise(captions: Sequence[world.Caption], cfg: float = 5.0, seed: int = 1000) -> None:
     """Does the model draw simpler prompts better? Detail++ rests on it. Each thing is looked for alone, whatever else was drawn."""
     base, clip, vae = model.load()
     reader = load_reader()
 
     def readings_of(texts: Sequence[str]) -> list[Reading]:
-        return read(reader, generate(base, clip, vae, texts, args.cfg, args.seed, args.sampling_steps))
+        return read(reader, generate(base, clip, vae, texts, cfg, seed))
 
     parts = [decompose(c.text, "subject").branches for c in captions]
     asked = [  # of which prompt, in which branch, which thing
@@ -309,64 +226,17 @@ def _drawn(reading: Reading, thing: world.Stated) -> bool:
     return any(all(getattr(found, name) == word for name, word in said.items()) for found in reading.things)
 
 
-def compositions(split: str, number: int) -> list[world.Caption]:
-    """The bundled model's counterpart of the style composition benchmark: one patterned thing on a differently patterned background."""
-    every = world.prompts(split, 8 * number, 1)
-    out = [
-        c for c in every if c.background and "plain" not in (own := {c.things[0].pattern, c.background[1]}) and len(own) == 2
-    ]
-    return out[:number]
-
-
-EFFECT = (
-    "Also: --effect-only, --cost-only; of the second table --prompts (0 skips it), --things, --split, --cfg, --seed, --sampling-steps, "
-    "--sampler, --granularity, --order, --masks-from (whose attention shows where subjects "
-    "are), --rows (of the table), --composition (one patterned thing on a differently patterned background), --premise (whether "
-    "simpler prompts are drawn better), --finish, and the node's settings."
-)
-
-
 @recorded
 def main(argv: list[str]) -> int:
-    """Print the cost at SD1.5's size, then the ablation on the bundled model's pictures."""
+    """Print the cost at SD1.5's size, or whether the method's premise holds on the bundled model."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--effect-only", action="store_true")
-    parser.add_argument("--cost-only", action="store_true")
-    parser.add_argument("--prompts", type=int, default=500)
-    parser.add_argument("--things", type=int, default=2)
+    parser.add_argument("--cost-only", action="store_true", help="the same as without it")
+    parser.add_argument("--premise", action="store_true", help="whether simpler prompts are drawn better, in place of the cost")
+    parser.add_argument("--prompts", type=int, default=200, help="of the premise, of two things")
     parser.add_argument("--split", choices=("test", "tune"), default="test")
-    parser.add_argument("--cfg", type=float, default=5.0)
-    parser.add_argument("--seed", type=int, default=1000)
-    parser.add_argument("--sampling-steps", type=int, default=20)
-    parser.add_argument("--sampler", default="euler")
-    parser.add_argument("--granularity", choices=GRANULARITIES, default="subject")
-    parser.add_argument("--order", choices=ORDERS, default=ORDERS[0])
-    parser.add_argument("--masks-from", choices=MASKS_FROM, default=Settings.masks_from)
-    parser.add_argument("--rows", nargs="*", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--composition", action="store_true")
-    parser.add_argument("--premise", action="store_true")
-    parser.add_argument("--finish", choices=FINISH, default=FINISH[0])
-    for name, of in (
-        ("share_until", float),
-        ("share_max_tokens", int),
-        ("mask_threshold", float),
-        ("optimize_steps", int),
-        ("step_size", float),
-    ):
-        parser.add_argument(f"--{name.replace('_', '-')}", type=of, default=getattr(Settings(), name))
     own, rest = parser.parse_known_args(argv)
-    if not own.effect_only or rest:
+    if own.premise:
+        premise(world.prompts(own.split, own.prompts))
+    else:
         cost(rest)
-    if own.prompts and not own.cost_only:
-        kind = "one patterned thing on another pattern" if own.composition else f"{own.things} things"
-        print(
-            f"\nThe bundled model, {own.prompts} held-out prompts of {kind} ({own.split}), {own.sampling_steps} steps, cfg {own.cfg:g}, "
-            f"the same seeds, finish: {own.finish}"
-        )
-        captions = (
-            compositions(own.split, own.prompts) if own.composition else world.prompts(own.split, own.prompts, own.things)
-        )
-        table(captions, own)
-        if own.premise:
-            premise(captions, own)
     return 0

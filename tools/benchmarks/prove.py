@@ -6,12 +6,17 @@ Pictures are kept in one log for all configs, so that a run goes on where it was
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
+
+from ...demo import model
 from ...hunt.command import parse
 from ...hunt.head_files import PACK
 from ...hunt.report import time_left
@@ -85,6 +90,24 @@ def judged(name: str, prompts: int | None) -> dict[str, Any]:
     return result
 
 
+def keep(result: Mapping[str, Any]) -> None:
+    """Write what the plain model's pictures show into the metadata of the shipped weights."""
+    found = report.values_of(result)
+    shares = {part: list(found[READER, part][PLAIN].values()) for part in SHARES.values()}
+    names = {"present": "present", "colours": "colour", "patterns": "pattern", ALL: "bound"}
+    known = {
+        "prompts": len(result["prompts"]),
+        "things": result["suite"].get("things", 2),
+        "cfg": result["sampling"]["cfg"],
+        "steps": result["sampling"]["steps"],
+        **{names[part]: sum(values) / len(values) for part, values in shares.items()},
+    }
+    path = model.WEIGHTS / f"{model.VARIANTS[0]}.safetensors"
+    with safe_open(path, "pt") as file:
+        metadata = {**(file.metadata() or {}), "metrics": json.dumps(known)}
+    save_file(load_file(path), path, metadata=metadata)
+
+
 @recorded
 def main(argv: list[str]) -> int:
     """Print one table of the configs."""
@@ -92,6 +115,7 @@ def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="run.py bench prove", description=__doc__)
     parser.add_argument("configs", nargs="+", choices=known, help="of tools/benchmarks/configs")
     parser.add_argument("--prompts", type=int, help="the first prompts only")
+    parser.add_argument("--keep", action="store_true", help="write the plain model's shares into its weights' metadata")
     args = parser.parse_args(argv)
     found = [judged(name, args.prompts) for name in args.configs]
     number = {len(result["prompts"]) for result in found}
@@ -107,4 +131,6 @@ def main(argv: list[str]) -> int:
     print(f"| {' | '.join(columns)} |\n|{'---|' * len(columns)}")
     for row in lines:
         print(f"| {' | '.join(row.get(title, '') for title in columns)} |")
+    if args.keep:
+        keep(found[0])
     return 0

@@ -5,8 +5,6 @@ from __future__ import annotations
 import argparse
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
-from typing import Any
 
 import comfy.model_patcher
 
@@ -18,7 +16,7 @@ from ...patches.maps.layers import auto_sites, every_site
 from ...patches.maps.reading import token_maps
 from ...patches.maps.record import Settings as Kept
 from .shared import speed
-from .shared.pictures import Variant, generate, table
+from .shared.pictures import generate
 from .shared.records import recorded
 from .shared.speed import PLAIN
 
@@ -67,31 +65,19 @@ def distance(captions: Sequence[world.Caption], cfg: float, seed: int) -> None:
         print(f"| {name} | {len(rows[name])} | {' | '.join(cells)} |", flush=True)
 
 
-def _patched(settings: scfg.Settings, plain: Any) -> Any:
-    return scfg.apply(plain, settings)[0]
-
-
 @recorded
 def main(argv: list[str]) -> int:
-    """Print the cost at SD1.5's size, then the effect on the bundled model's pictures."""
+    """Print the cost at SD1.5's size, then how far fewer layers are from all on the bundled model's pictures."""
     parser = argparse.ArgumentParser(add_help=False)
-    parser.add_argument("--cost-only", action="store_true", help="skip the effect")
-    parser.add_argument("--effect-only", action="store_true", help="skip the cost")
-    parser.add_argument("--prompts", type=int, default=200)
+    parser.add_argument("--cost-only", action="store_true", help="skip the layers' distance")
     parser.add_argument("--distance", type=int, default=20, help="pictures on which the selected layers are held against all")
-    parser.add_argument("--distance-only", action="store_true", help="skip cost and effect")
+    parser.add_argument("--distance-only", action="store_true", help="skip the cost")
     parser.add_argument("--split", choices=("test", "tune"), default="test")
     parser.add_argument("--cfg", type=float, default=5.0)
     own, rest = parser.parse_known_args(argv)
-    if not (own.effect_only or own.distance_only):
-        about = f"{__doc__} Also: --cost-only, --effect-only, --distance-only; --prompts, --split, --cfg of the second table."
+    if not own.distance_only:
+        about = f"{__doc__} Also: --cost-only, --distance-only; --distance, --split, --cfg of the second table."
         speed.main("scfg", about, variants, LIMITS, rest, with_flops=False)
-    if not (own.cost_only or own.distance_only):
-        print(f"\nThe bundled model, {own.prompts} held-out prompts of two things, 20 steps, the same seeds:")
-        rows = [Variant("plain", lambda m: m, own.cfg)]
-        rows += [Variant(f"S-CFG, {r}", partial(_patched, scfg.Settings(r)), own.cfg) for r in scfg.REFERENCES]
-        rows += [Variant("S-CFG, all layers", partial(_patched, scfg.Settings(layers=scfg.ALL_LAYERS)), own.cfg)]
-        table(rows, world.prompts(own.split, own.prompts), 1000, 20)
-    if not (own.cost_only or own.effect_only):
+    if not own.cost_only:
         distance(world.prompts(own.split, own.distance), own.cfg, 1000)
     return 0

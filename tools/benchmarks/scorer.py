@@ -17,8 +17,9 @@ from torch import Tensor
 
 from ...demo import model, world
 from ...demo.scorer import DemoScorer
+from ...prove.statistics import shown_share
 from ..training.scorer import other, swapped, true
-from .shared.pictures import generate, shown_share, verdicts
+from .shared.pictures import generate, verdicts
 from .shared.records import recorded
 
 NEAR = ("colours swapped", "wrong colour", "wrong pattern", "wrong thing", "thing left out")

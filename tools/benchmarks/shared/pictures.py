@@ -1,36 +1,16 @@
-"""Pictures of the bundled model at known seeds, what the reader sees in them, and shares with their intervals.
-
-Pictures of held-out prompts are made with ComfyUI's own sampler, read back by the reader, and compared at the same seeds.
-"""
+"""Pictures of the bundled model at known seeds, made with ComfyUI's own sampler, and what the reader sees in them."""
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import comfy.sample
 import torch
 from torch import Tensor
 
-from ....demo import model, world
+from ....demo import world
 from ....demo.reader import Verdict, judge, load_reader, read
-from ....prove.statistics import interval as interval
-from ....prove.statistics import paired as paired
-from ....prove.statistics import shown_change as shown_change
-from ....prove.statistics import shown_share as shown_share
-
-Patch = Callable[[Any], Any]
-
-
-@dataclass(frozen=True)
-class Variant:
-    """One row of a table: a name, what is done to the MODEL, and the CFG scale."""
-
-    name: str
-    patch: Patch
-    cfg: float
 
 
 def sample(
@@ -92,29 +72,3 @@ def generate(
 def verdicts(pictures: Tensor, captions: Sequence[world.Caption]) -> list[Verdict]:
     """What the reader thinks of each picture against its caption."""
     return [judge(r, c) for r, c in zip(read(load_reader(), pictures), captions, strict=True)]
-
-
-def each_of(found: Sequence[Verdict], what: str) -> list[bool]:
-    """One answer per picture: all of its things have it."""
-    return [all(getattr(v, what)) for v in found]
-
-
-def table(variants: Sequence[Variant], captions: Sequence[world.Caption], seed: int, steps: int) -> dict[str, list[Verdict]]:
-    """Print shares with 95 % intervals, and differences to the first variant of the same CFG; returns the verdicts."""
-    base, clip, vae = model.load()
-    results: dict[str, list[Verdict]] = {}
-    first: dict[float, str] = {}
-    print(
-        "| variant | cfg | objects present | colours right | patterns right | all bound | bound, against plain | s a picture |"
-    )
-    print("|---|---|---|---|---|---|---|---|")
-    for variant in variants:
-        began = time.perf_counter()
-        pictures = generate(variant.patch(base), clip, vae, [c.text for c in captions], variant.cfg, seed, steps)
-        seconds = (time.perf_counter() - began) / len(captions)
-        found = results[f"{variant.name} {variant.cfg:g}"] = verdicts(pictures, captions)
-        cells = [shown_share(each_of(found, what)) for what in ("present", "colour", "pattern", "bound")]
-        plain = results[first.setdefault(variant.cfg, f"{variant.name} {variant.cfg:g}")]
-        change = "" if plain is found else shown_change(each_of(plain, "bound"), each_of(found, "bound"))
-        print(f"| {variant.name} | {variant.cfg:g} | {' | '.join(cells)} | {change} | {seconds:.2f} |", flush=True)
-    return results
