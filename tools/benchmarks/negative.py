@@ -16,8 +16,9 @@ import torch
 
 from ...demo import model, world
 from ...patches import negative
+from ...prove.statistics import shown_change, shown_share
 from .shared import speed
-from .shared.pictures import generate, shown_change, shown_share, verdicts
+from .shared.pictures import generate, verdicts
 from .shared.records import recorded
 from .shared.speed import PLAIN
 

@@ -24,8 +24,9 @@ from ...language.weights import Weighted
 from ...language.words import Phrase, Words, prompt_words
 from ...patches import weights
 from ...patches.weights import ATTENTION, VALUE, Settings
+from ...prove.statistics import shown_change, shown_share
 from .shared import speed
-from .shared.pictures import generate, shown_change, shown_share
+from .shared.pictures import generate
 from .shared.records import recorded
 from .shared.speed import PLAIN
 from .toolbox import PHRASES
