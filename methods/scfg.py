@@ -88,12 +88,12 @@ def layer_maps(
     return renormalise(maps) if released else maps
 
 
-def against_start(cross: Tensor, start: int = 0) -> Tensor:
+def against_start(cross: Tensor, start: int | Tensor = 0) -> Tensor:
     """The start token's attention and that of all others together: ``[B, M, N]`` to ``[B, M, 2]``.
 
-    Regions of these two are background (0) and foreground (1).
+    Regions of these two are background (0) and foreground (1). A column that only the device knows is a tensor ``[1]``.
     """
-    background = cross[..., start]
+    background = cross.index_select(-1, start)[..., 0] if isinstance(start, Tensor) else cross[..., start]
     return torch.stack([background, cross.sum(dim=-1) - background], dim=-1)
 
 

@@ -34,7 +34,7 @@ class AttuneNegative(AttuneNode):
                     step=0.1,
                     round=0.01,
                     tooltip="How far to move away from the negative. 1 is off, more is stronger; change this one first. -1 is the model's own: "
-                    "3 for SD1.5 and SDXL, 11 for Wan, 5 for others.",
+                    "5, and 11 for Wan. Models of few steps may need less.",
                 ),
                 io.Float.Input(
                     "tau",

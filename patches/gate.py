@@ -17,7 +17,7 @@ from ..scoring.scorers import Scorer
 from .hook.call import AttentionCall
 from .hook.install import ModelPatcher, request
 from .hook.requests import COND, EditWeights, Span
-from .hook.run import RUN, SamplingRun, step_at
+from .hook.run import RUN, SamplingRun
 from .hook.sites import Heads
 from .observer import NOBODY, Observer
 from .prompts import edit_own, guard, text_places
@@ -83,10 +83,10 @@ class _SemanticGate:
         if run is None or schedule is None:
             return denoised
         sampling = args["model"].model_sampling
-        step = step_at(args["sigma"], schedule)
+        step, levels = run.step(args["sigma"], schedule), run.schedule(schedule)
         state: _State = run.state.setdefault(self.key, _State())
-        last = step + 2 >= len(schedule) or not self.span.holds(schedule[step + 1], sampling)
-        if step == state.step or last or not self.span.holds(args["sigma"], sampling):
+        last = step + 2 >= len(levels) or not run.within(self.span, levels[step + 1], sampling)
+        if step == state.step or last or not run.inside(self.span, args["sigma"], sampling):
             return denoised  # scored already, or nothing to come that a score would change
         if state.first is None:
             state.first = step
@@ -98,19 +98,19 @@ class _SemanticGate:
         comfy.model_management.load_models_gpu([args["model"].current_patcher, *self.models])
         gate = maths.gates(scores.float(), self.threshold, self.softness, self.floor)
         gain = maths.of_columns(gate, self.members, self.count)
-        state.step, state.gain = step, gain if self.mode == DAMP else 1 / gain
-        said = ", ".join(
-            f"{t} {s:.3g} → {g:.2f}" for t, s, g in zip(self.texts, scores[0].tolist(), gate[0].tolist(), strict=True)
-        )
-        self.observer.tell(f"{METHOD}, step {step + 1} of {len(schedule) - 1}: {said}{self._advice(gate)}")
+        first, *gates = torch.cat([scores[:1].to(gate), gate]).tolist()  # one wait for the device
+        same = all(g == 1 for of_picture in gates for g in of_picture)
+        state.step, state.gain = step, None if same else gain if self.mode == DAMP else 1 / gain
+        said = ", ".join(f"{t} {s:.3g} → {g:.2f}" for t, s, g in zip(self.texts, first, gates[0], strict=True))
+        self.observer.tell(f"{METHOD}, step {step + 1} of {len(levels) - 1}: {said}{self._advice(gates)}")
         return denoised
 
-    def _advice(self, gate: Tensor) -> str:
+    def _advice(self, gates: list[list[float]]) -> str:
         """What to do where the threshold is not among the scores, and every phrase is treated alike."""
-        opened = (gate - self.floor) / (1 - self.floor)
-        if bool((opened > 0.95).all()):
+        opened = [(g - self.floor) / (1 - self.floor) for of_picture in gates for g in of_picture]
+        if all(g > 0.95 for g in opened):
             return "; every gate is open and nothing changes: raise the threshold to lie among these scores"
-        if bool((opened < 0.05).all()):
+        if all(g < 0.05 for g in opened):
             return "; every gate is shut: lower the threshold to lie among these scores"
         return ""
 
@@ -131,7 +131,7 @@ class _SemanticGate:
     def edit(self, call: AttentionCall, weights: Tensor) -> tuple[Tensor, Tensor | None] | None:
         """An ``edit`` request, from the evaluation after a score on."""
         state: _State | None = None if call.run is None else call.run.state.get(self.key)
-        if state is None or state.gain is None or bool((state.gain == 1).all()):
+        if state is None or state.gain is None:
             return None
         gain = state.gain
 

@@ -16,9 +16,9 @@ from .hook.texts import OtherText
 
 METHOD = "Negative Prompt at cfg 1"
 AUTOMATIC = -1.0  # what is usual for the model's family
-# Scale, tau and alpha in the workflows of the authors' code for ComfyUI, of models that need no CFG where they have one: DMD2 for UNets, FLUX,
-# SD3.5-Turbo and Chroma, and Wan in 4 steps.
-_STRENGTHS = {"unet": (3.0, 2.5, 0.5), "wan": (11.0, 3.5, 0.5)}
+# Scale, tau and alpha of the authors' code for ComfyUI and its workflows of models that need no CFG, where they have one: FLUX, SD3.5-Turbo and
+# Chroma, and Wan in 4 steps. For UNets its usual scale with its workflows' alpha (DMD2 there has scale 3, SD1.5 with CFG has 5).
+_STRENGTHS = {"unet": (5.0, 2.5, 0.5), "wan": (11.0, 3.5, 0.5)}
 _USUAL = (5.0, 2.5, 0.25)
 _OF_ITS_OWN = {
     "area": "an area",

@@ -152,15 +152,15 @@ class _SemanticCFG:
             now.maps.setdefault((part.uuid, part.role), _Sum()).add(maps)
 
     @staticmethod
-    def _start(call: AttentionCall, cross: Tensor) -> int:
+    def _start(call: AttentionCall, cross: Tensor) -> int | Tensor:
         """The column that takes what nothing else wants: CLIP's start token; for T5, which has none, the most attended one."""
-        return 0 if call.kind == "cross" else int(cross.mean(dim=(0, 1)).argmax())
+        return 0 if call.kind == "cross" else cross.mean(dim=(0, 1)).argmax(dim=0, keepdim=True)
 
     def even_out(self, args: Mapping[str, Any]) -> Sequence[Tensor]:
         """A pre-CFG function: the unconditional prediction with which CFG, whoever does it, is S-CFG."""
         given, scale = list(args["conds_out"]), float(args["cond_scale"])
         run: SamplingRun | None = args["model_options"].get("transformer_options", {}).get(RUN)
-        if run is None or not self.span.holds(args["sigma"], args["model"].model_sampling):
+        if run is None or not run.inside(self.span, args["sigma"], args["model"].model_sampling):
             return given
         now: _Evaluation | None = run.state.pop((self.key, run.evaluation), None)
         if math.isclose(scale, 1.0) or args["conds"][1] is None:

@@ -17,7 +17,7 @@ from .hook.call import AttentionCall
 from .hook.install import ModelPatcher, install, model_sites
 from .hook.requests import ALL as EVERY_ROW
 from .hook.requests import BlendOutputs, Request, Span
-from .hook.run import ExtraForward, with_extra_forward
+from .hook.run import RUN, ExtraForward, SamplingRun, with_extra_forward
 from .hook.sites import Heads, Site, check, joint, select
 from .hook.tensors import index_or_slice
 
@@ -101,6 +101,7 @@ def perturbed_rows(
     perturbations: Sequence[Perturbation],
     sites: tuple[Site, ...],
     recorded: tuple[int, ...],
+    given: Tensor | None = None,
 ) -> Tensor:
     """The conditional prediction of rows that are perturbed each in its own way, in as few forwards as there are first blocks.
 
@@ -108,6 +109,7 @@ def perturbed_rows(
         cond: conditionings as samplers have them, for a whole number of repetitions.
         x: inputs ``[perturbations · pictures, c, H, W]``, perturbation by perturbation, with their noise levels ``sigma``.
         recorded: the row of the conditional pass that each row begins as (see `recording`).
+        given: the sampler's input, if the conditional pass was of that.
 
     Returns:
         denoised predictions, of the shape of ``x``.
@@ -122,7 +124,7 @@ def perturbed_rows(
         requests = _requests([perturbations[number] for number in members], pictures, {site.name: site for site in sites})
         source = tuple(recorded[row] for row in where)
         same = None if source == tuple(range(len(x))) else source  # spares a wait for the device
-        options = with_extra_forward(model_options, ExtraForward(requests, block, same))
+        options = with_extra_forward(model_options, ExtraForward(requests, block, same, given))
         which = index_or_slice(where, x.device)
         (denoised,) = comfy.samplers.calc_cond_batch(model, [cond], x[which], sigma[which], options)
         out[which] = denoised
@@ -152,6 +154,7 @@ def perturbed_predictions(
         perturbations=perturbations,
         sites=sites,
         recorded=tuple(range(len(x))) * count,
+        given=x,
     )
     return list(found.split(len(x)))
 
@@ -245,7 +248,9 @@ def apply(
 
     def guidance(args: dict[str, Any]) -> Tensor:
         denoised: Tensor = args["denoised"]
-        if not span.holds(args["sigma"], args["model"].model_sampling):
+        run: SamplingRun | None = args["model_options"].get("transformer_options", {}).get(RUN)
+        sigma, sampling = args["sigma"], args["model"].model_sampling
+        if not (span.holds(sigma, sampling) if run is None else run.inside(span, sigma, sampling)):
             return denoised
         for weaker, (_, s) in zip(perturbed_predictions(args, perturbations, sites), passes, strict=True):
             denoised = guide(denoised, args["cond_denoised"], weaker, s, rescale)

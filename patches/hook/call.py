@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -30,7 +30,7 @@ class AttentionCall:
             film one under the other.
         sigma: noise level, ``[pictures]``.
         steps: how many the sampler makes, or None outside one.
-        step: number of the sampling step, or None outside a sampler.
+        which_step: tells `step`, which may wait for the device.
         run: the run's state, or None outside a sampling run.
         forward: state of this forward alone, for whoever has to bring several of its calls together.
         first_times: of each chunk, whether this is its first forward in this evaluation (see `Chunk`).
@@ -49,13 +49,18 @@ class AttentionCall:
     latent: tuple[int, int]
     sigma: Tensor | None
     steps: int | None
-    step: int | None
+    which_step: Callable[[], int | None]
     run: SamplingRun | None
     forward: dict[Any, Any] = field(default_factory=dict)
     first_times: tuple[bool, ...] = ()
     texts: Mapping[OtherText, TextAttention] = field(default_factory=dict)
     tiles: int = 1
     source: tuple[int, ...] | None = None
+
+    @property
+    def step(self) -> int | None:
+        """Number of the sampling step, or None outside a sampler."""
+        return self.which_step()
 
     @property
     def height(self) -> int:

@@ -203,7 +203,7 @@ class Forward:
             latent=(self.x.shape[-2] * (self.x.shape[2] if self.x.ndim == 5 else 1), self.x.shape[-1]),
             sigma=options.get("sigmas"),
             steps=None if schedule is None else len(schedule) - 1,
-            step=self.step,
+            which_step=lambda: self.step,
             run=self.run,
             forward=self.state,
             first_times=self.first_times,
@@ -214,9 +214,11 @@ class Forward:
 
     @cached_property
     def step(self) -> int | None:
-        """Number of the sampling step; worked out once a forward, since it may wait for the device."""
+        """Number of the sampling step; worked out once a forward."""
         sigmas, schedule = self.options.get("sigmas"), self.options.get("sample_sigmas")
-        return None if sigmas is None or schedule is None else step_at(sigmas, schedule)
+        if sigmas is None or schedule is None:
+            return None
+        return step_at(sigmas, schedule) if self.run is None else self.run.step(sigmas, schedule)
 
     # --- serving a call ---
 

@@ -12,8 +12,8 @@ from . import prefix_cache, texts
 from .families import family, family_of, sites
 from .families.base import Block
 from .forward import Forward
-from .requests import BlendOutputs, ReadWeights, Request
-from .run import EXTRA, RUN, ExtraForward, SamplingRun
+from .requests import BlendOutputs, ReadWeights, Request, Span
+from .run import EXTRA, GIVEN, RUN, ExtraForward, SamplingRun
 from .sites import Site
 from .views import Around, through, view, with_blocks
 
@@ -50,6 +50,7 @@ def install(model: ModelPatcher) -> None:
     ours = (
         (wrappers.OUTER_SAMPLE, _outer_sample),
         (wrappers.PREDICT_NOISE, _predict_noise),
+        (wrappers.CALC_COND_BATCH, _calc_cond_batch),
         (wrappers.APPLY_MODEL, _apply_model),
     )
     for kind, wrapper in ours:
@@ -113,6 +114,16 @@ def _predict_noise(executor: Any, *args: Any, **kwargs: Any) -> Any:
     return executor(*args, **kwargs)
 
 
+def _calc_cond_batch(
+    executor: Any, model: Any, conds: Any, x_in: Tensor, timestep: Tensor, model_options: dict[str, Any]
+) -> Any:
+    """CALC_COND_BATCH: let forwards know the batch of pictures that their rows are of, where one may be replayed."""
+    options = model_options.get("transformer_options", {})
+    if options.get(prefix_cache.PREFIXES):
+        model_options = {**model_options, "transformer_options": {**options, GIVEN: x_in}}
+    return executor(model, conds, x_in, timestep, model_options)
+
+
 def _apply_model(
     executor: Any,
     x: Tensor,
@@ -128,10 +139,14 @@ def _apply_model(
     own: ExtraForward | None = options.get(EXTRA)
     base = executor.class_obj
     given = [r for r in options.get(REQUESTS, ()) if not (own and isinstance(r, ReadWeights))]
-    asked = [r for r in given if r.span.holds(t, base.model_sampling)]
-    asked += own.requests if own else ()
     run: SamplingRun | None = options.get(RUN)
-    prefixes = () if own else prefix_cache.wanted(options, t, base.model_sampling)
+
+    def holds(span: Span) -> bool:
+        return span.holds(t, base.model_sampling) if run is None else run.inside(span, t, base.model_sampling)
+
+    asked = [r for r in given if holds(r.span)]
+    asked += own.requests if own else ()
+    prefixes = () if own else prefix_cache.wanted(options, holds)
     if not asked and own is None and not prefixes:
         return executor(x, t, c_concat, c_crossattn, control, transformer_options, **kwargs)
 
@@ -143,9 +158,9 @@ def _apply_model(
     if others and family.runs_text:
         pass  # another text has to run through every block, so nothing is replayed
     elif run is not None and own is not None and own.replay_before is not None:
-        blocks = run.prefixes.stand_ins(family, own.replay_before, x, options, own.rows)
+        blocks = run.prefixes.stand_ins(family, own.replay_before, x, options, own.rows, run.given(own.given))
     elif run is not None and prefixes:
-        blocks = run.prefixes.recorders(family, prefixes, x, options, first_times)
+        blocks = run.prefixes.recorders(family, prefixes, x, options, first_times, run.given(options.get(GIVEN)))
     around = family.locate(Forward(family, asked, x, c_crossattn, options, first_times, others)) if asked else {}
     for block, act in around.items():
         if own is None or block not in blocks:  # a block that is replayed attends to nothing

@@ -10,20 +10,22 @@ from __future__ import annotations
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeAlias
 
-from torch import Tensor, cat, equal, nn, tensor
+from torch import Tensor, cat, equal, nn
 
 from .families.base import Block, Family
 from .parts import chunks_of
-from .tensors import persistent
+from .requests import Span
+from .tensors import index_or_slice, persistent
 
+Given: TypeAlias = tuple[Tensor, int]
 PREFIXES = "attune_prefixes"  # in transformer_options: ((span, block), …) that perturbed passes will replay up to
 
 
-def wanted(options: dict[str, Any], sigma: Tensor, model_sampling: Any) -> tuple[Block, ...]:
-    """The blocks up to which passes at this noise level will replay."""
-    return tuple({block for span, block in options.get(PREFIXES, ()) if span.holds(sigma, model_sampling)})
+def wanted(options: dict[str, Any], holds: Callable[[Span], bool]) -> tuple[Block, ...]:
+    """The blocks up to which passes will replay, of those whose span ``holds`` now."""
+    return tuple({block for span, block in options.get(PREFIXES, ()) if holds(span)})
 
 
 def _needed(family: Family, until: Block) -> list[Block]:
@@ -35,20 +37,32 @@ def _needed(family: Family, until: Block) -> list[Block]:
 
 @dataclass
 class Prefix:
-    """What one conditioning's rows looked like: noise level, input, and every block's output so far."""
+    """What one conditioning's rows looked like: noise level, input, and every block's output so far.
+
+    ``given`` is the sampler's input that they are of, and the number of the evaluation.
+    """
 
     sigma: Tensor
     x: Tensor
+    given: Given | None = None
     outputs: dict[Block, tuple[Tensor, ...]] = field(default_factory=dict)
 
-    def fits(self, sigma: Tensor, x: Tensor, rows: Tensor | None = None) -> bool:
-        """Whether it was recorded from this very input, of which ``x`` may be some ``rows``."""
+    def fits(self, sigma: Tensor, x: Tensor, rows: Sequence[int] | None = None, given: Given | None = None) -> bool:
+        """Whether it was recorded from this very input, of which ``x`` may be some ``rows``.
+
+        What was ``given`` in one evaluation is the same; anything else is compared, and that waits for the device.
+        """
+        if rows is not None and max(rows) >= len(self.x):
+            return False
+        if x.shape != (len(self.x) if rows is None else len(rows), *self.x.shape[1:]):
+            return False
+        if given is not None and self.given is not None and given[0] is self.given[0] and given[1] == self.given[1]:
+            return True
         mine, level = self.x.to(x.device), self.sigma.to(x.device)
         if rows is not None:
-            if int(rows.max()) >= len(mine):
-                return False
-            mine, level = mine[rows], level[rows] if len(level) == len(self.x) else level
-        return mine.shape == x.shape and equal(level, sigma.to(x.device)) and equal(mine, x)
+            which = index_or_slice(rows, x.device)
+            mine, level = mine[which], level[which] if len(level) == len(self.x) else level
+        return equal(level, sigma.to(x.device)) and equal(mine, x)
 
 
 @dataclass
@@ -60,7 +74,13 @@ class PrefixCache:
     told: bool = False
 
     def recorders(
-        self, family: Family, until: Sequence[Block], x: Tensor, options: dict[str, Any], first_times: Sequence[bool] = ()
+        self,
+        family: Family,
+        until: Sequence[Block],
+        x: Tensor,
+        options: dict[str, Any],
+        first_times: Sequence[bool] = (),
+        given: Given | None = None,
     ) -> dict[Block, nn.Module]:
         """Blocks for a forward that keeps the conditional rows' outputs of all that is needed to begin before each of ``until``.
 
@@ -72,7 +92,7 @@ class PrefixCache:
             if chunk.uuid is not None and chunk.first_time:
                 rows[chunk.uuid] = chunk.rows
                 with persistent():
-                    self.held[chunk.uuid] = Prefix(options["sigmas"].clone(), x[chunk.rows].clone())
+                    self.held[chunk.uuid] = Prefix(options["sigmas"].clone(), x[chunk.rows].clone(), given)
         needed = {block for u in until for block in _needed(family, u)} if rows else ()
         return {block: family.recorder(block, self._keep(block, rows)) for block in needed}
 
@@ -85,13 +105,18 @@ class PrefixCache:
         return keep
 
     def stand_ins(
-        self, family: Family, until: Block, x: Tensor, options: dict[str, Any], rows: Sequence[int] | None = None
+        self,
+        family: Family,
+        until: Block,
+        x: Tensor,
+        options: dict[str, Any],
+        rows: Sequence[int] | None = None,
+        given: Given | None = None,
     ) -> dict[Block, nn.Module]:
         """Blocks for a forward in which all blocks before ``until`` give what was recorded, if it was; ``rows`` of it, if given."""
         order = family.blocks()
         before = order[: order.index(until)]
-        which = None if rows is None else tensor(rows, device=x.device)
-        recorded = self._recorded(_needed(family, until), x, options, which)
+        recorded = self._recorded(_needed(family, until), x, options, rows, given)
         if recorded is None:
             if before and not self.told:
                 logging.info("Attune: the perturbed pass runs in full, since its input was not met in the normal pass")
@@ -101,7 +126,12 @@ class PrefixCache:
         return {block: family.replay(block, recorded.get(block)) for block in before}
 
     def _recorded(
-        self, needed: list[Block], x: Tensor, options: dict[str, Any], rows: Tensor | None = None
+        self,
+        needed: list[Block],
+        x: Tensor,
+        options: dict[str, Any],
+        rows: Sequence[int] | None = None,
+        given: Given | None = None,
     ) -> dict[Block, tuple[Tensor, ...]] | None:
         uuids = list(options.get("uuids") or ())
         if not needed or not uuids:
@@ -109,12 +139,16 @@ class PrefixCache:
         found: list[Prefix] = []
         for chunk in chunks_of(len(x), [0] * len(uuids), uuids):
             prefix, part = self.held.get(chunk.uuid), x[chunk.rows]
-            if prefix is None or not prefix.outputs.keys() >= set(needed) or not prefix.fits(options["sigmas"], part, rows):
+            if (
+                prefix is None
+                or not prefix.outputs.keys() >= set(needed)
+                or not prefix.fits(options["sigmas"], part, rows, given)
+            ):
                 return None
             found.append(prefix)
 
         def of(t: Tensor) -> Tensor:
-            return t if rows is None else t[rows.to(t.device)]
+            return t if rows is None else t[index_or_slice(rows, t.device)]
 
         def joined(parts: Sequence[Tensor]) -> Tensor:
             return cat([of(t).to(parts[0].device) for t in parts])  # several devices may have run them

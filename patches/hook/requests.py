@@ -44,12 +44,21 @@ class Span:
             raise ValueError(f"{method}: start_percent ({start_percent}) is after end_percent ({end_percent}); swap them.")
         return cls(start_percent, end_percent)
 
+    @property
+    def whole(self) -> bool:
+        """Whether it is all of sampling."""
+        return self.start <= 0 and self.end >= 1
+
+    def levels(self, model_sampling: Any) -> tuple[float, float]:
+        """The lowest and the highest noise level inside; may wait for the device."""
+        return model_sampling.percent_to_sigma(self.end), model_sampling.percent_to_sigma(self.start)
+
     def holds(self, sigma: Tensor, model_sampling: Any) -> bool:
-        """Whether the step at noise level ``sigma`` is inside."""
-        if self.start <= 0 and self.end >= 1:
-            return True  # spares a wait for the device
-        now = float(sigma.flatten()[0])
-        return model_sampling.percent_to_sigma(self.end) <= now <= model_sampling.percent_to_sigma(self.start)
+        """Whether the step at noise level ``sigma`` is inside; in a sampling run ask the run, which waits for the device less often."""
+        if self.whole:
+            return True
+        low, high = self.levels(model_sampling)
+        return low <= float(sigma.flatten()[0]) <= high
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,12 @@ from typing import Any
 from torch import Tensor
 
 from .prefix_cache import PrefixCache
-from .requests import Request
+from .requests import Request, Span
 from .sites import Site
 
 RUN = "attune_run"  # in transformer_options: the `SamplingRun`
 EXTRA = "attune_pass"  # in transformer_options: the `ExtraForward`
+GIVEN = "attune_given"  # in transformer_options: the whole batch of pictures that a forward's rows are of
 
 
 def whole_picture(conds: Iterable[dict[str, Any]]) -> dict[str, Any] | None:
@@ -56,6 +57,9 @@ class SamplingRun:
     lock: threading.Lock = field(default_factory=threading.Lock)
     met: set[Any] = field(default_factory=set)
     met_in: Any = None
+    read: tuple[int, float] | None = None
+    bounds: dict[Any, tuple[float, float]] = field(default_factory=dict)
+    schedules: dict[int, tuple[Tensor, list[float]]] = field(default_factory=dict)
 
     @property
     def prompt(self) -> dict[str, Any] | None:
@@ -74,7 +78,7 @@ class SamplingRun:
         roles, uuids, sigmas = (options.get(name) for name in ("cond_or_uncond", "uuids", "sigmas"))
         evaluation: Any = self.evaluation
         if not evaluation and sigmas is not None:  # a guider that ComfyUI's wrappers do not see
-            evaluation = ("noise level", float(sigmas.flatten()[0]))
+            evaluation = ("noise level", self.level(sigmas))
         with self.lock:
             if self.met_in != evaluation:
                 self.met_in = evaluation
@@ -83,6 +87,45 @@ class SamplingRun:
             out = tuple(chunk not in self.met for chunk in chunks)
             self.met.update(chunks)
         return out
+
+    def given(self, x: Tensor | None) -> tuple[Tensor, int] | None:
+        """The sampler's input as an evaluation's own; None where it is not known, or the guider does not say which evaluation goes on."""
+        return None if x is None or not self.evaluation else (x, self.evaluation)
+
+    # --- what is known of noise levels without waiting for the device: one wait an evaluation, for everybody, and some at the start ---
+
+    def level(self, sigma: Tensor) -> float:
+        """The noise level of the evaluation that is going on; all of its forwards have one."""
+        with self.lock:
+            if self.read is None or not self.evaluation or self.read[0] != self.evaluation:
+                self.read = self.evaluation, float(sigma.flatten()[0])
+            return self.read[1]
+
+    def inside(self, span: Span, sigma: Tensor, model_sampling: Any) -> bool:
+        """Whether the evaluation that is going on, at noise level ``sigma``, is in a span."""
+        return span.whole or self.within(span, self.level(sigma), model_sampling)
+
+    def within(self, span: Span, level: float, model_sampling: Any) -> bool:
+        """Whether a noise level is in a span."""
+        if span.whole:
+            return True
+        key = span, id(model_sampling)
+        if key not in self.bounds:
+            self.bounds[key] = span.levels(model_sampling)
+        low, high = self.bounds[key]
+        return low <= level <= high
+
+    def schedule(self, sigmas: Tensor) -> list[float]:
+        """The noise levels of a schedule, which is the same object in all steps."""
+        known = self.schedules.get(id(sigmas))
+        if known is None or known[0] is not sigmas:
+            known = self.schedules[id(sigmas)] = sigmas, sigmas.tolist()
+        return known[1]
+
+    def step(self, sigma: Tensor, schedule: Tensor) -> int:
+        """Number of the sampling step that is going on; an evaluation between two steps is of the first."""
+        now = self.level(sigma) * (1 - 1e-6)
+        return sum(level >= now for level in self.schedule(schedule)) - 1
 
 
 @dataclass(frozen=True)
@@ -93,11 +136,13 @@ class ExtraForward:
         requests: its own; those of the model count in it too, but nothing is read.
         replay_before: the block up to which it may replay a recorded prefix.
         rows: which of the normal forward's pictures each of its own is; None: the same ones.
+        given: the sampler's input in this evaluation, where its own are rows of that.
     """
 
     requests: tuple[Request, ...]
     replay_before: tuple[str, int] | None = None
     rows: tuple[int, ...] | None = None
+    given: Tensor | None = None
 
 
 def with_extra_forward(model_options: dict[str, Any], own: ExtraForward) -> dict[str, Any]:

@@ -170,7 +170,7 @@ def test_bad_input_is_told():
 
 
 def test_every_family_has_its_own_strength():
-    assert negative.strengths("unet", -1, -1, -1) == (3.0, 2.5, 0.5)
+    assert negative.strengths("unet", -1, -1, -1) == (5.0, 2.5, 0.5)
     assert negative.strengths("flux", -1, -1, -1) == (5.0, 2.5, 0.25)
     assert negative.strengths("flux", 7.0, -1, 1.0) == (7.0, 2.5, 1.0)
 

@@ -28,7 +28,7 @@ from . import models
 from .fuzz import FINE, REFUSED, WRONG, fault, finite, own_folder
 
 PROGRESS = 200  # stacks from one line about progress to the next
-Patch: TypeAlias = Callable[[Any, str], Any]  # a MODEL and its family to the patched MODEL
+Patch: TypeAlias = Callable[..., Any]  # a MODEL and its family to the patched MODEL; keywords are other values of ours
 
 
 # --- what is stacked --------------------------------------------------------------------------------------------------
@@ -37,10 +37,11 @@ Patch: TypeAlias = Callable[[Any, str], Any]  # a MODEL and its family to the pa
 def _ours(node: Any, **chosen: Any) -> Patch:
     """One of our nodes with its defaults and some other values; those that are functions are made for a family."""
 
-    def patch(model: Any, family: str) -> Any:
+    def patch(model: Any, family: str, **more: Any) -> Any:
         values = {e.id: e.default for e in node.define_schema().inputs if hasattr(e, "default") and not e.optional}
         made = {name: value(family) if callable(value) else value for name, value in chosen.items()}
-        return node.execute(**{**values, **made, "model": model}).args[0]
+        known = {name: value for name, value in more.items() if name in values}
+        return node.execute(**{**values, **made, **known, "model": model}).args[0]
 
     return patch
 
