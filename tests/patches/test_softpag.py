@@ -276,8 +276,8 @@ def test_where_to_perturb_by_itself():
 def test_choices_that_mean_nothing_are_refused():
     sd15, sd3 = families.shared("sd15"), families.shared("sd3")
     for model, choices, words in (
-        (sd15, {"tokens": "text"}, "UNet set tokens to all"),
-        (sd15, {"target": "mean text query"}, "UNet set tokens to all"),
+        (sd15, {"tokens": "text"}, "model set tokens to all"),
+        (sd15, {"target": "mean text query"}, "model set tokens to all"),
         (sd3, {"tokens": "text", "target": "mean image query"}, "set tokens to all"),
         (sd3, {"tokens": "words"}, "no tokens “words”; choose one of all, image, text"),
         (sd3, {"target": "noise"}, "no target “noise”"),
