@@ -72,8 +72,10 @@ def without_data(width: int) -> comfy.model_patcher.ModelPatcher:
         return torch.zeros_like(x)
 
     def attend(function: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
-        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
-        return (q @ k.transpose(-1, -2) @ v).transpose(1, 2).flatten(2)
+        if not kwargs.get("skip_reshape"):
+            q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+        out = q @ k.transpose(-1, -2) @ v
+        return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
 
     model.diffusion_model.forward = MethodType(on_shapes, model.diffusion_model)
     patcher = Weightless(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
