@@ -72,6 +72,16 @@ def test_equals_the_written_out_run(name):
     differs(ours, sample(model, **ONE))
 
 
+@pytest.mark.parametrize("name", ["flux", "chroma"])
+def test_equals_comfyuis_own_node(name):
+    """Where that one acts on attention to the text, and has the prompt's pooled text on its second picture."""
+    core = pytest.importorskip("comfy_extras.nodes_nag", reason="in newer versions of ComfyUI")
+    model, other = families.shared(name), text(2, pooled_output=text(1)[0][1]["pooled_output"])
+    scale, tau, alpha = STRONG
+    theirs = core.NAGuidance.execute(model, scale, alpha, tau).args[0]
+    close(sample(negative.apply(model, other, *STRONG), **ONE), sample(theirs, negative=other, **ONE), 1e-3)
+
+
 @pytest.mark.parametrize("name", ["sd15", "sd3", "flux"])
 def test_cfg_batches_and_lengths(name):
     """With CFG only the conditional prediction changes, however ComfyUI cuts the batch; the negative is longer or shorter than the prompt."""
