@@ -136,7 +136,7 @@ def works() -> str:
     lines = [markdown(["", *NODES], rows), "\n"]
     for node, found in NODES.items():
         refused = dict.fromkeys(why(node, f) for f in mine if why(node, f))
-        lines += [f"- **{node}** beyond its source: {found.about}.\n"] if found.about else []
+        lines += [f"- **{node}**: {found.about}.\n"] if found.about else []
         for reason in refused:
             titles = "; ".join(MODELS[f].title for f in mine if why(node, f) == reason)
             lines.append(f"- **{node}** is refused on {titles}: {reason}.\n")
