@@ -29,6 +29,7 @@ TOKENS = {
     "flux2_klein": 512,
 }  # of text; others: a prompt of middle length
 USUAL = 128
+WIDTHS = {"qwen_image": 3584}  # of text, where it is not in the published numbers; others: T5's
 
 
 def on_shapes(name: str) -> tuple[ModelPatcher, int]:
@@ -47,14 +48,15 @@ def on_shapes(name: str) -> tuple[ModelPatcher, int]:
     model.diffusion_model.forward = MethodType(forward, model.diffusion_model)
     patcher = Weightless(model, load_device=torch.device("cpu"), offload_device=torch.device("cpu"))
     patcher.model_options["transformer_options"] = {"optimized_attention_override": attend}
-    widths = (numbers.get(key) for key in ("context_dim", "context_in_dim", "joint_attention_dim", "cap_feat_dim", "text_dim"))
-    return patcher, next((w for w in widths if w), 4096)
+    return patcher, next(
+        (numbers[key] for key in ("context_dim", "context_in_dim", "cap_feat_dim") if key in numbers), WIDTHS.get(name, 4096)
+    )
 
 
 def attend(function: Any, q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **kwargs: Any) -> Tensor:
     """Attention by its two products."""
     if not kwargs.get("skip_reshape"):
-        q, k, v = (t.unflatten(-1, (heads, -1)).transpose(1, 2) for t in (q, k, v))
+        q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
     out = q @ k.transpose(-1, -2) @ v
     return out if kwargs.get("skip_output_reshape") else out.transpose(1, 2).flatten(2)
 
