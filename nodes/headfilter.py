@@ -29,7 +29,8 @@ class AttuneHeadFilter(AttuneNode):
                     "kind",
                     options=list(headfilter.KINDS),
                     default=headfilter.DEFAULTS.kind,
-                    tooltip="Which attention of these layers: self (pixels look at pixels), cross (pixels look at words), or both. SD3 and FLUX "
+                    tooltip="Which attention of these layers: self (pixels look at pixels), cross (pixels look at words), or both. SD3, "
+                    "FLUX and most later models "
                     "have one attention for both, so choose both there.",
                 ),
                 io.Combo.Input(

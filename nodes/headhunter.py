@@ -57,7 +57,7 @@ class AttuneHeadHunter(AttuneNode):
             **in_menu("Heads", "search heads", "find heads", "optimise", "optimize"),
             description="Finds the attention heads whose perturbation by SoftPAG makes pictures that a scorer likes: every head is tried on the "
             "same noise, the best join, and the next round tries the rest beside them. Takes long and may be stopped at any time: what is "
-            "evaluated is kept, and the same search goes on from there. For SD1.5, SDXL, SD3 and FLUX.",
+            "evaluated is kept, and the same search goes on from there. For SD1.5, SDXL, SD3, FLUX and later models.",
             is_input_list=True,
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
             inputs=[
@@ -124,7 +124,7 @@ class AttuneHeadHunter(AttuneNode):
                     max=100.0,
                     step=0.1,
                     round=0.01,
-                    tooltip="SoftPAG's scale. -1 is the model's own, as in the paper: 3, and 8 for FLUX.",
+                    tooltip="SoftPAG's scale. -1 is the model's own, as in the paper: 3, and 8 for FLUX.1.",
                 ),
                 io.Float.Input(
                     "perturbation",

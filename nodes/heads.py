@@ -32,7 +32,8 @@ class AttuneHeads(AttuneNode):
                     multiline=True,
                     tooltip="Items separated by spaces, new lines or “;”. An item is site:heads, each with numbers, ranges, lists or *: "
                     "“middle.0.0:0-3 output.*.*:1,5”. Without “:heads” all heads of the site are taken. Sites are input.4.0, middle.0.0, "
-                    "output.3.1 (SD1.5, SDXL), joint.7 (SD3), double.7 and single.20 (FLUX). Paper style works too: “L8H3 L9H0-4”.",
+                    "output.3.1 (SD1.5, SDXL), joint.7 (SD3, Qwen-Image, Z-Image, Krea 2), double.7 and single.20 (FLUX), "
+                    "block.7 (Wan, Anima). Paper style works too: “L8H3 L9H0-4”.",
                 ),
                 io.Combo.Input(
                     "preset",

@@ -30,7 +30,8 @@ class AttuneAttentionMaps(AttuneNode):
                 io.String.Input(
                     "layers",
                     default="auto",
-                    tooltip="auto: the layers that show objects best (a quarter and an eighth of the latent's size; in SD3 and FLUX three "
+                    tooltip="auto: the layers that show objects best (a quarter and an eighth of the latent's size; in SD3, FLUX and "
+                    "later models three "
                     "layers around the middle). Or a site selection as in Select Heads: “output.*.*”, “joint.8-12”, “L8 L9”.",
                 ),
                 io.Combo.Input(

@@ -28,7 +28,8 @@ class AttuneRefineMaps(AttuneNode):
                     "words",
                     optional=True,
                     tooltip="The words to refine: from Prompt Words, with the text and the CLIP of the positive prompt. Left open: every token "
-                    "of every positive prompt but the start token (SD1.5, SD2 and SDXL; SD3 and FLUX need words).",
+                    "of every positive prompt but the start token (SD1.5, SD2 and SDXL; models with one attention for text and "
+                    "image need words).",
                 ),
                 io.Int.Input(
                     "rounds",

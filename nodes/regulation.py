@@ -47,7 +47,8 @@ class AttuneRegulation(AttuneNode):
                 io.String.Input(
                     "layers",
                     default="auto",
-                    tooltip="auto: the last down-sampling and the first up-sampling block with attention, as in the paper (SD3 and FLUX: three "
+                    tooltip="auto: the last down-sampling and the first up-sampling block with attention, as in the paper (SD3, FLUX and "
+                    "later: three "
                     "layers around the middle). Or a selection as in Select Heads: “output.3-5.*”, “joint.8-12”, “L8 L9H0-3”. Fewer are faster.",
                 ),
                 io.Int.Input(

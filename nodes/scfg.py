@@ -80,8 +80,8 @@ class AttuneSemanticCFG(AttuneNode):
                     options=list(scfg.LAYERS),
                     default=DEFAULTS.layers,
                     optional=True,
-                    tooltip="Whose attention is read. selection: one layer of each block at a quarter and an eighth of the latent's size (SD3 "
-                    "and FLUX: three around the middle). all: every layer there, as published; on SDXL ten times as many.",
+                    tooltip="Whose attention is read. selection: one layer of each block at a quarter and an eighth of the latent's size (SD3, "
+                    "FLUX and later: three around the middle). all: every layer there, as published; on SDXL ten times as many.",
                 ),
                 advanced_choice(
                     "form",

@@ -22,7 +22,7 @@ class AttuneSoftPAG(AttuneNode):
                 "Guidance", "PAG", "perturbed attention guidance", "perturbed", "SAG", "sharper structure", "guidance at cfg 1"
             ),
             description="Sharper structure without a negative prompt: every step also predicts the picture with some attention heads "
-            "blurred to themselves, and moves away from that. Works with or without CFG. For SD1.5, SDXL, SD3 and FLUX.",
+            "blurred to themselves, and moves away from that. Works with or without CFG. For SD1.5, SDXL, SD3, FLUX and later models.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to guide. LoRAs, ControlNets and other patches on it stay."),
                 io.Float.Input(
@@ -33,7 +33,7 @@ class AttuneSoftPAG(AttuneNode):
                     step=0.1,
                     round=0.01,
                     tooltip="How far to move away from the perturbed prediction. 0 is off; 2 to 5 is usual; too much over-smooths. -1 is the "
-                    "model's own: 3, and 8 for FLUX with FluxGuidance at 0 (less with more of it).",
+                    "model's own: 3, and 8 for FLUX.1 with FluxGuidance at 0 (less with more of it).",
                 ),
                 io.Float.Input(
                     "perturbation",
@@ -42,7 +42,7 @@ class AttuneSoftPAG(AttuneNode):
                     max=1.0,
                     step=0.01,
                     tooltip="How strongly the chosen heads are perturbed (u in the paper). 1 is PAG, lower is gentler, 0 is off. -1 is the "
-                    "model's own: 1 for SD1.5 and SDXL, 0.5 for SD3 and FLUX, where it is best; with 24 heads across layers try 0.25.",
+                    "model's own: 1 for SD1.5 and SDXL, 0.5 for all others, best on SD3; with 24 heads across layers try 0.25.",
                 ),
                 *percents(
                     Settings,
@@ -60,14 +60,15 @@ class AttuneSoftPAG(AttuneNode):
                 AttuneHeadsType.Input(
                     "heads",
                     optional=True,
-                    tooltip="Heads from Select Heads. Left open: the whole middle block of a UNet; in SD3 layer 9, one of its best; in FLUX "
-                    "the layer at the same depth.",
+                    tooltip="Heads from Select Heads. Left open: the whole middle block of a UNet; in SD3 layer 9, one of its best; in "
+                    "FLUX and later models the layer at the same depth, by analogy.",
                 ),
                 advanced_choice(
                     "tokens",
                     TOKENS,
                     Settings.tokens,
-                    "SD3 and FLUX, where image and text share one attention: whose attention is perturbed. all is the paper's.",
+                    "SD3, FLUX and most later models, where image and text share one attention: whose attention is perturbed. "
+                    "all is the paper's.",
                 ),
                 advanced_choice(
                     "target",

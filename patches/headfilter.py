@@ -45,7 +45,7 @@ def apply(model: ModelPatcher, heads: Heads, kind: str = DEFAULTS.kind, others: 
     family, sites = model_sites(model)
     if joint(sites) and kind != BOTH:
         raise ValueError(
-            f"{METHOD}: in SD3 and FLUX one attention looks at words and picture at once, so “{kind}” cannot be filtered on its own; "
+            f"{METHOD}: in this model one attention looks at words and picture at once, so “{kind}” cannot be filtered on its own; "
             "set kind to “both”."
         )
     chosen = check(heads, sites, family)

@@ -65,7 +65,7 @@ def apply(
         observer: knows the text that is sampled.
 
     Raises:
-        ValueError: for settings out of range, the span the wrong way round, no words where SD3 or FLUX need them, a selection of another
+        ValueError: for settings out of range, the span the wrong way round, no words where joint attention needs them, a selection of another
             model, or a model without attention to text.
     """
     span = Span.checked(METHOD, start_percent, end_percent)
@@ -80,7 +80,8 @@ def apply(
     joint = model_sites(model)[0] != "unet"
     if words is None and joint:
         raise ValueError(
-            f"{METHOD}: SD3 and FLUX read hundreds of text columns, most of them padding; connect Prompt Words to say which to refine."
+            f"{METHOD}: this model attends to text and picture at once, and much of its text may be padding; connect Prompt Words "
+            f"to say which to refine."
         )
     targets = None if words is None else tuple(sorted({c for phrase in words.phrases for c in phrase.columns}))
     if targets == ():

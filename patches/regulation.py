@@ -140,7 +140,7 @@ class _Regulation:
 def auto_layers(sites: tuple[Site, ...], family: str) -> tuple[Site, ...]:
     """The last down-sampling and the first up-sampling block with attention to text, with all their layers, as in the paper.
 
-    SD3 and FLUX have no such blocks: three layers around the middle, as for the maps, which is beyond the paper.
+    Transformers have no such blocks: three layers around the middle, as for the maps, which is beyond the paper.
 
     Raises:
         ValueError: for a model without attention to text.

@@ -267,7 +267,8 @@ def _check(sites: tuple[Site, ...], tokens: str, target: str, path: str) -> None
             raise ValueError(f"SoftPAG: there is no {name} “{value}”; choose one of {', '.join(known)}.")
     if not joint(sites) and (tokens == TEXT or target == "mean text query" or "-" in target):
         raise ValueError(
-            f"SoftPAG: tokens “{tokens}” with target “{target}” needs image and text tokens in one attention, as SD3 and FLUX have; on this "
+            f"SoftPAG: tokens “{tokens}” with target “{target}” needs image and text tokens in one attention, as SD3, FLUX and "
+            f"most later models have; on this "
             f"model set tokens to {ALL} and target to one without “text” and “-”."
         )
     if rows_of(tokens, target) is None:

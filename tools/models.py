@@ -91,6 +91,7 @@ NODES: Mapping[str, Node] = {
     ),
     "Refine Attention": Node(("unet",), about="where text and image share one attention it needs words"),
     "Word Weights": Node(about="its equations are this pack's own"),
+    "Negative Prompt": Node(("unet", "sd3", "flux", "chroma", "wan")),
     "Detail++": Node(
         ("unet",),
         joint="there is no self-attention apart from the text's, whose map the branches could share",
@@ -144,6 +145,13 @@ def works() -> str:
     return "".join(lines)
 
 
+def refused() -> str:
+    """Why some models are refused."""
+    from ..patches.hook.families import WHY
+
+    return "".join(f"- `{name}`: {reason}\n" for name, reason in WHY.items())
+
+
 def heads() -> str:
     """SoftPAG's own choice on the published models."""
     from ..patches.softpag import AUTOMATIC, perturbation_of, scale_of
@@ -171,7 +179,7 @@ def written(page: str) -> str:
     _, ended, after = rest.partition(END)
     if not found or not ended:
         raise RunError(f"{PAGE.name} has no lines '{START.strip()}' and '{END.strip()}': put them where the tables belong.")
-    return f"{before}{START}{works()}\n## Where SoftPAG acts by itself\n\n{heads()}{END}{after}"
+    return f"{before}{START}{works()}\n## Where SoftPAG acts by itself\n\n{heads()}\n## Models that are refused\n\n{refused()}{END}{after}"
 
 
 def main(argv: list[str]) -> int:

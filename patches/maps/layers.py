@@ -29,7 +29,7 @@ def every_site(sites: tuple[Site, ...], family: str) -> tuple[Site, ...]:
 def auto_sites(sites: tuple[Site, ...], family: str) -> tuple[Site, ...]:
     """A few of `every_site`, which show objects nearly as well.
 
-    UNets: one layer of each block, the middle one, where a block has several: SDXL has up to ten. SD3 and FLUX: three layers around the
+    UNets: one layer of each block, the middle one, where a block has several: SDXL has up to ten. Transformers: three layers around the
     middle.
 
     Raises:

@@ -13,10 +13,10 @@ from attune.hunt.engine import Engine
 from attune.hunt.settings import Settings as Hunt
 from attune.language.weights import Weighted
 from attune.methods.softpag import TARGETS
-from attune.patches import fusion, gate, headfilter, refine, regulation, scfg, softpag, weights
+from attune.patches import fusion, gate, headfilter, negative, refine, regulation, scfg, softpag, weights
 from attune.patches.detail.sampler import check as check_detail
 from attune.patches.detail.session import Settings as Detail
-from attune.patches.hook.families import FAMILIES
+from attune.patches.hook.families import FAMILIES, WHY, family_of
 from attune.patches.hook.install import model_sites
 from attune.patches.hook.sites import Heads
 from attune.patches.maps import recorder
@@ -115,6 +115,7 @@ APPLIED = {
     "Semantic Gate": lambda m: gate.apply(m, TWO, Blind(), Vae(m), every=1, start_percent=0, end_percent=1, floor=0.0),
     "Refine Attention": lambda m: refine.apply(m, TWO, 1),
     "Word Weights": lambda m: weights.apply(m, TWO, [Weighted(TWO.phrases[0], 3.0)]),
+    "Negative Prompt": lambda m: negative.apply(m, families.text(5)),
     "Detail++": detail,
 }
 OFF = {
@@ -123,6 +124,7 @@ OFF = {
     "Attention Regulation": lambda m: regulation.apply(m, TWO, regulation.Settings(strength=0.0)),
     "Refine Attention": lambda m: refine.apply(m, TWO, 0),
     "Word Weights": lambda m: weights.apply(m, TWO, [Weighted(TWO.phrases[0], 1.0)]),
+    "Negative Prompt": lambda m: negative.apply(m, families.text(5), 1.0),
 }
 
 
@@ -157,6 +159,12 @@ def test_softpag_has_every_target(name):
         else:
             moved = families.sample(softpag.apply(model, 8.0, 1.0, target=target), steps=1)
             assert (moved - families.sample(model, steps=1)).abs().max() > 1e-4
+
+
+@pytest.mark.parametrize("name", WHY)
+def test_a_refused_class_is_refused_with_its_reason(name):
+    with pytest.raises(ValueError, match=f"does not know the model class {name}. {WHY[name]}"):
+        family_of(type(name, (torch.nn.Module,), {})())
 
 
 def test_the_page_says_what_the_table_says():

@@ -20,8 +20,14 @@ from .wan import Wan
 
 FAMILIES: tuple[type[Family], ...] = (UNet, SD3, Flux, Flux2, Chroma, QwenImage, ZImage, Lumina2, Krea2, Wan, Cosmos, Anima)
 
-_WHY = {  # of models that people might expect to work
+WHY = {  # of models that people might expect to work, by ComfyUI's class
     "Flux": "Of the models that share FLUX's class, it knows FLUX.1 and FLUX.2, not Ovis or LongCat.",
+    "ChromaRadiance": "It knows Chroma, but not Chroma Radiance, which draws pixels in place of a latent.",
+    "NextDiTPixelSpace": "It knows Z-Image, but not its form that draws pixels in place of a latent.",
+    "HiDreamImageTransformer2DModel": "HiDream gives every block a text of its own, so that a word has no place that holds for all of them.",
+    "HunyuanVideo": "HunyuanVideo and HunyuanImage may put pictures and a second text before, after or into the text, which it "
+    "cannot tell apart.",
+    "ErnieImageModel": "ComfyUI tells Ernie-Image's attention nothing of the run, so that nothing can be added there.",
     "PixArtMS": "ComfyUI tells PixArt's attention nothing of the run, so that nothing can be added there.",
     "WanModel": "Of Wan's models, it knows those without a CLIP picture or a reference latent.",
 }
@@ -37,7 +43,7 @@ def family_of(diffusion_model: nn.Module) -> Family:
         if kind.fits(diffusion_model):
             return kind(diffusion_model)
     name = type(diffusion_model).__name__
-    why = f" {_WHY[name]}" if name in _WHY else ""
+    why = f" {WHY[name]}" if name in WHY else ""
     raise ValueError(
         f"Attune does not know the model class {name}.{why} "
         "It works with SD1.5, SD2, SDXL, SD3 and SD3.5, FLUX.1, FLUX.2, Chroma, Qwen-Image, Z-Image, Lumina 2, Krea 2, Wan from "
