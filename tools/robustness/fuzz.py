@@ -9,6 +9,7 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
+import inspect
 import logging
 import math
 import random
@@ -33,6 +34,8 @@ from ...nodes.base import shown
 from . import models
 
 ROOT = Path(__file__).resolve().parents[2]
+# What ComfyUI calls the hidden inputs that it passes on; after 0.3.75 there is more in them.
+HIDDEN = "v3_data" if "v3_data" in inspect.signature(execution.get_output_data).parameters else "hidden_inputs"
 REFUSED_BY_COMFYUI, REFUSED, FINE, WRONG = "refused by ComfyUI", "refused in a sentence", "fine", "WRONG"
 WIDGETS = ("INT", "FLOAT", "STRING", "COMBO", "BOOLEAN")
 HUGE = 10**5000
@@ -352,7 +355,8 @@ def run(given: Case) -> Outcome:
     steps: list[int] = []
     try:
         with torch.inference_mode():
-            outputs, *_ = asyncio.run(execution.get_output_data("fuzz", "node", given.node(), values, hidden_inputs=hidden))
+            of_hidden = {HIDDEN: hidden}
+            outputs, *_ = asyncio.run(execution.get_output_data("fuzz", "node", given.node(), values, **of_hidden))
             sampled = [_sampled(value, steps) for output in outputs for value in output if _ours(value)]
     except Exception as error:
         wrong = fault(error) or (f"came after {len(steps)} steps" if steps else None)

@@ -153,17 +153,16 @@ def reference(
         slow.share = {s.name for s in sites if math.prod(-(-n // s.stride) for n in size) <= max_tokens}
     sigmas = comfy.samplers.KSampler(model, steps, "cpu", sampler, "normal").sigmas
     first = comfy.sample.prepare_noise(families.latent(model, *size, batch), SEED)
-    shape = first.shape
     if sampler == "dpmpp_2m_sde":
         tree = comfy.samplers.k_diffusion_sampling.BrownianTreeNoiseSampler(
             first, sigmas[sigmas > 0].min(), sigmas.max(), SEED, cpu=True
         )
         draw = tree
     else:
-        generator = torch.Generator().manual_seed(SEED)
+        normal = comfy.samplers.k_diffusion_sampling.default_noise_sampler(first, seed=SEED)  # seeds are versions' own
 
         def draw():
-            return torch.randn(shape, generator=generator)
+            return normal(None, None)
 
     contexts, marks = [e[0] for e in positive], [e[1][BRANCH] for e in positive]
     negative = families.text(2)[0][0]

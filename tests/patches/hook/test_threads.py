@@ -154,7 +154,8 @@ def on_copies(model: Any, threads: bool) -> Any:
     def calculate(args: dict[str, Any]) -> list[Tensor]:
         options = {k: v for k, v in args["model_options"].items() if k != "sampler_calc_cond_batch_function"}
         while len(copies) < len(args["conds"]):
-            copies.append(copy.deepcopy(model.model))
+            config = model.model.model_config  # newer ones cannot be copied
+            copies.append(copy.deepcopy(model.model, {id(config): config}))
         gate = threading.Barrier(len(args["conds"]), timeout=WAIT)
 
         def job(role: int) -> Callable[[], Tensor]:
