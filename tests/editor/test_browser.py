@@ -12,7 +12,6 @@ import pytest
 from attune.nodes.base import CLASSES
 from attune.patches.hook.sites import Site, select
 from attune.server.layouts import preset
-from attune.tests.helpers import EXAMPLES
 from attune.tools.runtime.setup import ROOT
 
 playwright = pytest.importorskip("playwright.sync_api")
@@ -102,7 +101,12 @@ class Editor:
 @pytest.fixture(scope="module")
 def editor(server) -> Iterator[Editor]:
     """One browser for all of these tests."""
-    settings = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", VUE: False}
+    settings = {
+        "Comfy.TutorialCompleted": True,
+        "Comfy.Locale": "en",
+        VUE: False,
+        "Comfy.Workflow.ShowMissingModelsWarning": False,
+    }
     body = json.dumps(settings).encode()
     direct = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     direct.open(urllib.request.Request(f"{server.url}/settings", body, {"Content-Type": "application/json"}), timeout=30)
@@ -164,30 +168,6 @@ def pressed(editor):
     editor.page.mouse.move(5, 500)
     editor.page.wait_for_timeout(400)
     return editor.page.locator(".attune-heads .attune-status").inner_text().split(" ")[0]
-
-
-# --- templates --------------------------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
-def test_a_template_opens_without_a_missing_node(path, editor):
-    name = f"/api/workflow_templates/{ROOT.name}/{path.stem}.json"
-    found = editor(
-        """async (name) => {
-            const graph = await (await fetch(name)).json()
-            await t.app.loadGraphData(graph)
-            await new Promise((done) => setTimeout(done, 800))
-            const boxes = t.app.graph.nodes.map((n) => [n.id, ...n.getBounding()])
-            const apart = ([, x, y, w, h], [, X, Y, W, H]) => x + w <= X || X + W <= x || y + h <= Y || Y + H <= y
-            return {
-                nodes: t.app.graph.nodes.map((n) => n.type).sort(), wanted: graph.nodes.map((n) => n.type).sort(),
-                unknown: t.app.graph.nodes.filter((n) => n.has_errors || !window.LiteGraph.registered_node_types[n.type]).length,
-                over: boxes.flatMap((a, i) => boxes.slice(i + 1).filter((b) => !apart(a, b)).map((b) => [a[0], b[0]])),
-                warnings: [...document.querySelectorAll(".comfy-missing-nodes, .comfy-missing-models")].length } }""",
-        name,
-    )
-    assert found["nodes"] == found["wanted"]
-    assert (found["unknown"], found["over"], found["warnings"]) == (0, [], 0)
 
 
 # --- heads ------------------------------------------------------------------------------------------------------------
@@ -403,7 +383,7 @@ def to(editor, kind):
 
 
 def test_words_are_chosen_by_a_click_and_maps_appear(editor):
-    load(editor, "semantic_cfg_demo")
+    load(editor, "07 Even guidance, and where words look")
     to(editor, "AttuneWords")
     chip = lambda word: editor.page.locator(".attune-chip", has_text=word).first  # noqa: E731
     assert editor("() => document.querySelectorAll('.attune-chip[aria-pressed=true]').length") == 5
@@ -482,7 +462,7 @@ def test_words_are_weighed_with_control_and_the_arrows(editor, vue):
 
 
 def test_regulation_and_capture_show_their_maps_until_the_setting_is_off(editor):
-    load(editor, "regulation_demo")
+    load(editor, "03 Nothing left out")
     editor(
         """() => { const c = t.add("AttuneAttentionMaps", [0, -600]), r = t.find("AttuneRegulation")
             t.find("AttuneDemoModel").connect(0, c, "model"); c.connect(0, r, "model") }"""
@@ -503,7 +483,7 @@ def test_regulation_and_capture_show_their_maps_until_the_setting_is_off(editor)
 def test_every_node_of_a_stack_shows_its_maps(editor, vue):
     editor.setting(VUE, vue)
     try:
-        load(editor, "stack_demo")
+        load(editor, "09 Three methods together")
         to(editor, "AttuneSemanticCFG")
         editor.run()
         editor.wait("() => [...document.querySelectorAll('.attune-live')].filter((e) => e.dataset.step === '4').length >= 1")

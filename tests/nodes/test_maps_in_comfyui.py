@@ -13,7 +13,7 @@ from attune.tools.runtime.client import Client
 from attune.tools.runtime.setup import ROOT
 from attune.tools.runtime.workflow import read, to_prompt
 
-EXAMPLE = ROOT / "example_workflows" / "semantic_cfg_demo.json"
+EXAMPLE = ROOT / "example_workflows" / "07 Even guidance, and where words look.json"
 
 
 @pytest.fixture(scope="module")

@@ -22,7 +22,7 @@ from .server import Server
 from .setup import ROOT, Runtime, comfyui_folder
 from .workflow import check, missing_files, positive_texts, read, to_prompt, with_text_and_seed
 
-WORKFLOW = ROOT / "example_workflows" / "softpag_demo.json"
+WORKFLOW = ROOT / "example_workflows" / "02 Clearer structure.json"
 PROMPTS = (
     "a red striped star and a blue circle on a grey wall",
     "a small green ring above a white heart",
