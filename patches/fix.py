@@ -61,7 +61,8 @@ RECIPES: Mapping[str, Recipe] = {
     MISSING: Recipe(
         "Prompt Words with this text (its conditioning to the KSampler), then Attention Regulation with these words and strength {strength:g}",
         {
-            "unet": "Published for this kind of model; on the bundled model all things are drawn more often with it (MEASUREMENTS.md)."
+            "unet": "Published for this kind of model; on the bundled model all things are drawn more often with it, "
+            "and their details may be mixed up more often (MEASUREMENTS.md)."
         },
         _EXPERIMENTAL,
     ),
