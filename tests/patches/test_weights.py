@@ -168,12 +168,12 @@ def test_only_its_own_prompt_rows_span_and_phrases_are_touched():
     other = [[families.text(5)[0][0], {**families.text(5)[0][1], "area": (4, 8, 0, 0), "strength": 1.0}]]
     seen = []
     patched = weights.apply(model, PROMPT, chosen(0.0, 1.0), settings=Settings(end_percent=0.4))
-    request(patched, ReadWeights({("middle.0.0", "cross"): None}, lambda call, w: seen.append((call, w.clone()))))
+    request(patched, ReadWeights({("middle.0.0", "cross"): None}, lambda call, w: seen.append((call, call.step, w.clone()))))
     sample(patched, positive=[*other, *families.text(1)], steps=4)
     silent = {}
-    for call, w in seen:
+    for call, step, w in seen:
         for part in call.parts():
-            silent.setdefault(call.step, []).append([bool((w[part.rows][..., c] == 0).all()) for c in (1, 2, 4)])
+            silent.setdefault(step, []).append([bool((w[part.rows][..., c] == 0).all()) for c in (1, 2, 4)])
             assert (w.sum(-1) - 1).abs().max() < 1e-3
     assert silent[0].count([True, True, False]) == 1 and silent[0].count([False, False, False]) == len(silent[0]) - 1
     assert all(columns == [False, False, False] for columns in silent[3])
