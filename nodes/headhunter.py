@@ -19,10 +19,10 @@ from ..hunt.prompts import lines_of, products, prompt_in_graph, texts_of
 from ..hunt.report import image, report, story, time_left
 from ..hunt.search import search
 from ..hunt.settings import CUSTOM, PRESETS, RANKINGS, Plan, Settings
-from ..patches.softpag import AUTOMATIC
 from ..server import layouts
 from .base import AttuneNode, in_menu
 from .heads import AttuneHeadsType
+from .inputs import automatic
 from .scorers import AttuneScorerType
 
 
@@ -117,13 +117,9 @@ class AttuneHeadHunter(AttuneNode):
                 ),
                 io.Combo.Input("sampler_name", options=list(comfy.samplers.KSampler.SAMPLERS), tooltip="As for a KSampler."),
                 io.Combo.Input("scheduler", options=list(comfy.samplers.KSampler.SCHEDULERS), tooltip="As for a KSampler."),
-                io.Float.Input(
+                automatic(
                     "scale",
-                    default=Settings.scale,
-                    min=AUTOMATIC,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
+                    Settings.scale,
                     tooltip="SoftPAG's scale. -1 is the model's own, as in the paper: 3, and 8 for FLUX.1.",
                 ),
                 io.Float.Input(

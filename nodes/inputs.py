@@ -8,12 +8,20 @@ from comfy_api.latest import io
 
 from ..patches.hook.install import model_sites
 from ..patches.hook.sites import Heads, select
+from ..patches.softpag import AUTOMATIC
 
 
 def steered_model() -> io.Model.Input:
     """The MODEL of a node that acts on attention."""
     return io.Model.Input(
         "model", tooltip="The model to steer. LoRAs, ControlNets and guidance on it stay; connect the output to the sampler."
+    )
+
+
+def automatic(name: str, default: float, tooltip: str, optional: bool = False) -> io.Float.Input:
+    """A strength, or -1: what is usual for the model's family."""
+    return io.Float.Input(
+        name, default=default, min=AUTOMATIC, max=100.0, step=0.1, round=0.01, tooltip=tooltip, optional=optional
     )
 
 

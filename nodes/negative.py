@@ -5,9 +5,10 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..patches import negative as method
-from ..patches.negative import AUTOMATIC, Settings
+from ..patches.negative import Settings
+from ..patches.softpag import AUTOMATIC
 from .base import AttuneNode, in_menu
-from .inputs import percents, steered_model
+from .inputs import automatic, percents, steered_model
 
 
 class AttuneNegative(AttuneNode):
@@ -26,23 +27,15 @@ class AttuneNegative(AttuneNode):
                     tooltip="What the picture should not show, from CLIP Text Encode: write the things themselves (“glasses”), not “no …”. "
                     "It may be of any length. The sampler's own negative is another one, and does nothing at cfg 1.",
                 ),
-                io.Float.Input(
+                automatic(
                     "scale",
-                    default=Settings.scale,
-                    min=AUTOMATIC,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
+                    Settings.scale,
                     tooltip="How far to move away from the negative. 1 is off, more is stronger; change this one first. -1 is the model's own: "
                     "5, and 11 for Wan. Models of few steps may need less.",
                 ),
-                io.Float.Input(
+                automatic(
                     "tau",
-                    default=Settings.tau,
-                    min=AUTOMATIC,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
+                    Settings.tau,
                     tooltip="How many times as large the picture's attention may become. Less is safer; 1 lets it only change direction. -1 is "
                     "the model's own: 2.5, and 3.5 for Wan.",
                 ),

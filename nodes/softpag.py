@@ -9,7 +9,7 @@ from ..patches import softpag
 from ..patches.softpag import AUTOMATIC, Settings
 from .base import AttuneNode, in_menu
 from .heads import AttuneHeadsType
-from .inputs import advanced, advanced_choice, percents
+from .inputs import advanced, advanced_choice, automatic, percents
 
 
 class AttuneSoftPAG(AttuneNode):
@@ -25,13 +25,9 @@ class AttuneSoftPAG(AttuneNode):
             "blurred to themselves, and moves away from that. Works with or without CFG. For SD1.5, SDXL, SD3, FLUX and later models.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to guide. LoRAs, ControlNets and other patches on it stay."),
-                io.Float.Input(
+                automatic(
                     "scale",
-                    default=Settings.scale,
-                    min=AUTOMATIC,
-                    max=100.0,
-                    step=0.1,
-                    round=0.01,
+                    Settings.scale,
                     tooltip="How far to move away from the perturbed prediction. 0 is off; 2 to 5 is usual; too much over-smooths. -1 is the "
                     "model's own: 3, and 8 for FLUX.1 with FluxGuidance at 0 (less with more of it).",
                 ),
@@ -103,13 +99,9 @@ class AttuneSoftPAG(AttuneNode):
                     "second SoftPAG node does.",
                 ),
                 advanced(
-                    io.Float.Input(
+                    automatic(
                         "scale_2",
-                        default=Settings.scale_2,
-                        min=AUTOMATIC,
-                        max=100.0,
-                        step=0.1,
-                        round=0.01,
+                        Settings.scale_2,
                         optional=True,
                         tooltip="The scale of heads_2; -1 is the model's own, as for scale.",
                     )

@@ -68,7 +68,7 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     UNEVEN: Recipe(
         "Word Weights with “{lines}”, before the KSampler",
-        {"unet": "Measured on the bundled model (MEASUREMENTS.md)."},
+        {},  # a UNet's text encoder uses weights by itself
         "Its equations are checked on this kind of model; how strong a number is, is for you to see.",
     ),
     LOOK: Recipe("Capture Attention Maps, and Show Attention Maps after VAE Decode", {}, "It changes nothing."),

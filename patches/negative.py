@@ -13,9 +13,9 @@ from .hook.call import AttentionCall
 from .hook.install import ModelPatcher, model_sites, request
 from .hook.requests import COND, BlendOutputs, Span
 from .hook.texts import OtherText
+from .softpag import AUTOMATIC
 
 METHOD = "Negative Prompt at cfg 1"
-AUTOMATIC = -1.0  # what is usual for the model's family
 # Scale, tau and alpha of the authors' code for ComfyUI and its workflows of models that need no CFG, where they have one: FLUX, SD3.5-Turbo and
 # Chroma, and Wan in 4 steps. For UNets its usual scale with its workflows' alpha (DMD2 there has scale 3, SD1.5 with CFG has 5).
 _STRENGTHS = {"unet": (5.0, 2.5, 0.5), "wan": (11.0, 3.5, 0.5)}

@@ -180,6 +180,11 @@ class Transformer(Family):
         """Latent pixels per image token, along each side."""
         return int(self.model.patch_size)
 
+    def grid(self, forward: Forward) -> tuple[int, int]:
+        """Height and width of the image tokens' grid, of each frame of a film."""
+        height, width = forward.x.shape[-2:]
+        return -(-height // self.patch), -(-width // self.patch)
+
     def sites(self) -> list[Site]:
         found: list[Site] = []
         for attribute, number in self.blocks():
@@ -233,7 +238,7 @@ class Transformer(Family):
         return slice(tokens.text.start, tokens.image.start)
 
     def tokens(self, forward: Forward, queries: int, keys: int) -> Tokens:
-        height, width = (-(-n // self.patch) for n in forward.x.shape[-2:])
+        height, width = self.grid(forward)
         count = height * width
         text, begin = self.layout(forward, keys - count if forward.kind == "joint" else 0)
         return Tokens(height, width, slice(begin, begin + count), text)
@@ -276,7 +281,7 @@ class Separate(Transformer):
     runs_text = False
 
     def tokens(self, forward: Forward, queries: int, keys: int) -> Tokens:
-        height, width = (-(-n // self.patch) for n in forward.x.shape[-2:])
+        height, width = self.grid(forward)
         frames = forward.x.shape[2] if forward.x.ndim == 5 else 1
         image = slice(0, frames * height * width)
         return Tokens(height, width, image, slice(0, keys), frames=frames)

@@ -25,7 +25,7 @@ class Lumina2(Transformer):
 
     def layout(self, forward: Forward, joint: int) -> tuple[slice, int]:
         multiple = getattr(self.model, "pad_tokens_multiple", None) or 1
-        height, width = (-(-n // self.patch) for n in forward.x.shape[-2:])
+        height, width = self.grid(forward)
         begin = joint - -height * width % multiple  # the image is the last, and padded at its end; so is the text
         prompt = begin if forward.context is None else forward.context.shape[1]
         first = begin - (prompt + -prompt % multiple)  # pictures and texts of reference come before
