@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -19,9 +20,12 @@ from . import dataset
 from .autoencoder import latents
 
 WEIGHTS = model.WEIGHTS / "denoiser.safetensors"
-SAYINGS = 12  # captions that each picture has, drawn ahead
 DROPPED = 0.1  # share of captions left empty, for guidance
 WARM_UP = 0.3  # share of the training that the auxiliary reading head helps for
+# Up to which share of the training windows of which height and width are learned, in latent pixels. A thing is learned
+# in a window around it, at a seventh of the cost of a picture; two things side by side in a strip; then whole pictures.
+WINDOWS = ((0.5, 16, 16), (0.7, 20, 32), (1.0, 32, 32))
+INSIDE = 0.75  # a thing is said of a window that holds this much of it
 
 NAMED = (  # what the reading head names at each latent pixel, and how many there are
     ("noun or place", len(world.NOUNS) + len(world.PLACES)),
@@ -32,7 +36,7 @@ NAMED = (  # what the reading head names at each latent pixel, and how many ther
 
 
 class Reading(nn.Module):
-    """What is where, read from the denoiser's features at 16x16 and at 32x32: a help at the start that does not ship.
+    """What is where, read from the denoiser's features at half and at full size: a help at the start that does not ship.
 
     It makes the denoiser look words up early. It is gone before the end, because it teaches binding that large models lack.
     """
@@ -43,7 +47,7 @@ class Reading(nn.Module):
         self.coarse, self.fine = nn.Conv2d(coarse, 4 * total, 1), nn.Conv2d(fine, total, 1)
 
     def forward(self, coarse: Tensor, fine: Tensor, truth: Tensor) -> Tensor:
-        """Mean cross-entropy against ``truth [B, 4, 32, 32]`` (class numbers, -100 where there is none or a cell is mixed)."""
+        """Mean cross-entropy against ``truth [B, 4, h, w]`` (class numbers, -100 where there is none or a cell is mixed)."""
         losses = [
             F.cross_entropy(part.float(), truth[:, i], ignore_index=-100, reduction="sum") / truth[:, 0].numel()
             for read in (F.pixel_shuffle(self.coarse(coarse), 2), self.fine(fine))
@@ -52,28 +56,21 @@ class Reading(nn.Module):
         return torch.stack(losses).mean()
 
 
-def sayings(shard: int) -> np.ndarray:
-    """Tokens of captions of a shard's pictures, ``uint16 [SHARD, SAYINGS, 77]``."""
-    rng, words, scenes = np.random.default_rng([4, shard]), Words(), dataset.scenes_of("train", shard)
-    said = [[words.ids(world.describe(scene, rng).text) for _ in range(SAYINGS)] for scene in scenes]
-    return np.array(said, dtype=np.uint16)
-
-
 class Pool:
-    """Latents of the drawn pictures, their captions' tokens, and who is where, on `DEVICE`."""
+    """The drawn pictures' latents, scenes, and who is where, on `DEVICE` what is large."""
 
     def __init__(self) -> None:
         shards = dataset.shards("train")
-        self.captions = np.concatenate(dataset.in_parallel(sayings, [(shard,) for shard in shards]))
         self.latents = latents("train").to(DEVICE)
-        scenes = [scene for shard in shards for scene in dataset.scenes_of("train", shard)]
+        self.scenes = [scene for shard in shards for scene in dataset.scenes_of("train", shard)]
         owners = np.concatenate([dataset.load("train", shard)[1] for shard in shards]).astype(np.int8)
         corners = [owners[:, a::2, b::2] for a in (0, 1) for b in (0, 1)]
         same = np.all([c == corners[0] for c in corners], axis=0)
-        self.owners = torch.from_numpy(np.where(same, corners[0], -1)).to(DEVICE)  # -1: mixed
-        names = torch.full((len(scenes), 5, len(NAMED)), -100, dtype=torch.int16)  # place, things, mixed
+        self.owners = corners[0]  # [N, 32, 32]: 0 the place, else which thing
+        self.known = torch.from_numpy(np.where(same, corners[0], -1)).to(DEVICE)  # -1: mixed
+        names = torch.full((len(self.scenes), 5, len(NAMED)), -100, dtype=torch.int16)  # place, things, mixed
         colours, accessories, styles = [*world.COLOURS], ("", *world.ACCESSORIES), ("", *world.STYLES)
-        for row, scene in zip(names, scenes, strict=True):
+        for row, scene in zip(names, self.scenes, strict=True):
             row[0, 0], row[0, 3] = len(world.NOUNS) + world.PLACES.index(scene.place), styles.index(scene.style)
             for k, t in enumerate(scene.things, 1):
                 seen = t.colour and t.style not in world.COLOURLESS
@@ -81,10 +78,26 @@ class Pool:
                 row[k, 2], row[k, 3] = accessories.index(t.accessory), styles.index(t.style)
         self.names = names.to(DEVICE)
 
-    def truth(self, chosen: Tensor) -> Tensor:
-        """What the reading head should say, ``int64 [B, 4, 32, 32]``."""
-        where = self.owners[chosen].long().flatten(1)[:, :, None].expand(-1, -1, len(NAMED))  # -1 takes the last row
-        return self.names[chosen].long().gather(1, where % 5).transpose(1, 2).unflatten(2, self.owners.shape[1:])
+    def window(self, row: int, height: int, width: int, rng: np.random.Generator) -> tuple[int, int, str]:
+        """Top and left of a window of a picture that holds one of its things, where one fits; and a caption of it."""
+        owner, scene = self.owners[row], self.scenes[row]
+        k = int(rng.integers(len(scene.things)))
+        corner = []
+        for size, there in ((height, (owner == k + 1).any(1)), (width, (owner == k + 1).any(0))):
+            first, last = (int(n) for n in np.flatnonzero(there)[[0, -1]]) if there.any() else (0, len(there) - 1)
+            low, high = sorted((last + 1 - size, first))
+            low, high = max(low, 0), min(high, len(there) - size)
+            corner.append(int(rng.integers(low, high + 1)))
+        top, left = corner
+        inside = np.bincount(owner[top : top + height, left : left + width].ravel(), minlength=4)
+        share = inside[1:] / np.maximum(np.bincount(owner.ravel(), minlength=4)[1:], 1)
+        said = tuple(t for i, t in enumerate(scene.things) if i == k or share[i] >= INSIDE)
+        return top, left, world.describe(replace(scene, things=said), rng).text
+
+    def truth(self, known: Tensor, chosen: Tensor) -> Tensor:
+        """What the reading head should say of windows ``known [B, h, w]`` of pictures, ``int64 [B, 4, h, w]``."""
+        where = known.long().flatten(1)[:, :, None].expand(-1, -1, len(NAMED))  # -1 takes the last row
+        return self.names[chosen].long().gather(1, where % 5).transpose(1, 2).unflatten(2, known.shape[1:])
 
 
 def text_encoder() -> nn.Module:
@@ -96,7 +109,7 @@ def text_encoder() -> nn.Module:
 
 def train(minutes: float, words: Words, batch: int) -> tuple[nn.Module, dict[str, float]]:
     """Noise prediction, min-SNR-5 weights, a tenth of the captions dropped; goes on from checkpoint or stored weights."""
-    pool = Pool()  # it forks: before the GPU is used
+    pool = Pool()
     unet = model.ARCHITECTURE.unet()
     initialise(unet, 3)
     with torch.no_grad():  # residual branches start as nothing
@@ -110,7 +123,7 @@ def train(minutes: float, words: Words, batch: int) -> tuple[nn.Module, dict[str
     channels = model.ARCHITECTURE.unet_config["model_channels"]
     reading = Reading(channels * 3, channels * 2)
     stage = Stage("stickers_denoiser", {"denoiser": unet, "reading": reading}, minutes, 1e-3, decay=0.9995, device=DEVICE)
-    text, nothing = text_encoder().to(DEVICE), np.array(words.ids(""), np.uint16)
+    text, nothing = text_encoder().to(DEVICE), np.array(words.ids(""))
     rng = np.random.default_rng([3, stage.step])
     kept = (1 / (1 + model.noise_levels() ** 2)).to(DEVICE)
 
@@ -128,21 +141,25 @@ def train(minutes: float, words: Words, batch: int) -> tuple[nn.Module, dict[str
     compiled = torch.compile(forward, dynamic=False)
 
     def loss(step: int) -> tuple[Tensor, dict[str, Tensor]]:
-        help_ = max(0.0, 1 - stage.spent / (WARM_UP * stage.seconds))
-        rows = rng.integers(0, len(pool.captions), batch)
-        tokens = pool.captions[rows, rng.integers(0, SAYINGS, batch)]
+        progress = stage.spent / stage.seconds
+        help_ = max(0.0, 1 - progress / WARM_UP)
+        height, width = next((h, w) for share, h, w in WINDOWS if progress < share or share == 1)
+        rows = rng.integers(0, len(pool.scenes), batch)
+        tops, lefts, captions = zip(*(pool.window(row, height, width, rng) for row in rows), strict=True)
+        tokens = np.array([words.ids(text) for text in captions])
         tokens[rng.random(batch) < DROPPED] = nothing
-        chosen = torch.from_numpy(rows).to(DEVICE)
-        x, t = (
-            pool.latents[chosen].float(),
-            torch.from_numpy((rng.permutation(batch) + rng.random(batch)) / batch * 1000).long().to(DEVICE),
-        )
+        t = torch.from_numpy((rng.permutation(batch) + rng.random(batch)) / batch * 1000).long().to(DEVICE)
+        chosen, down, across = (torch.tensor(n, device=DEVICE) for n in (rows, tops, lefts))
+        down = (down[:, None] + torch.arange(height, device=DEVICE))[:, :, None]
+        across = (across[:, None] + torch.arange(width, device=DEVICE))[:, None, :]
+        x = pool.latents[chosen[:, None, None], :, down, across].permute(0, 3, 1, 2).float()
+        truth = pool.truth(pool.known[chosen[:, None, None], down, across], chosen) if help_ else None
         noise, a = torch.randn_like(x), kept[t][:, None, None, None]
         noisy = (a.sqrt() * x + (1 - a).sqrt() * noise).contiguous(memory_format=torch.channels_last)
         with mixed():
             with torch.no_grad():
-                context = text(torch.from_numpy(tokens.astype(np.int64)).to(DEVICE))[0]
-            guess, read = compiled(noisy, t.float(), context.float(), pool.truth(chosen) if help_ else None)
+                context = text(torch.from_numpy(tokens).to(DEVICE))[0]
+            guess, read = compiled(noisy, t.float(), context.float(), truth)
         snr = a / (1 - a)
         error = ((guess.float() - noise) ** 2).mean((1, 2, 3))
         own = (error * (snr.clamp(max=5) / snr).flatten()).mean()
