@@ -45,7 +45,9 @@ class AttunePhraseFusion(AttuneNode):
     @classmethod
     def execute(cls, model, words, strength) -> io.NodeOutput:
         phrases = fusable(words)
-        said = phrases.summary if phrases.phrases else "nothing to fuse, since every phrase is a single token"
         observer = Preview(cls.hidden.unique_id)
-        observer.tell(f"Phrase Fusion: {said}")
-        return io.NodeOutput(fusion.apply(model, phrases, strength, observer=observer) if phrases.phrases else model.clone())
+        if not phrases.phrases:
+            observer.effect(fusion.SINGLE)
+            return io.NodeOutput(model.clone())
+        observer.tell(f"Phrase Fusion: {phrases.summary}")
+        return io.NodeOutput(fusion.apply(model, phrases, strength, observer=observer))

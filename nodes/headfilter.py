@@ -5,6 +5,7 @@ from __future__ import annotations
 from comfy_api.latest import io
 
 from ..patches import headfilter
+from ..server.previews import Preview
 from .base import AttuneNode, in_menu
 from .heads import AttuneHeadsType
 
@@ -30,8 +31,7 @@ class AttuneHeadFilter(AttuneNode):
                     options=list(headfilter.KINDS),
                     default=headfilter.DEFAULTS.kind,
                     tooltip="Which attention of these layers: self (pixels look at pixels), cross (pixels look at words), or both. SD3, "
-                    "FLUX and most later models "
-                    "have one attention for both, so choose both there.",
+                    "FLUX and most later models have one attention for both, so choose both there.",
                 ),
                 io.Combo.Input(
                     "others",
@@ -42,8 +42,9 @@ class AttuneHeadFilter(AttuneNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The filtered model: connect it to a KSampler.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, heads, kind, others) -> io.NodeOutput:
-        return io.NodeOutput(headfilter.apply(model, heads, kind, others))
+        return io.NodeOutput(headfilter.apply(model, heads, kind, others, Preview(cls.hidden.unique_id)))

@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..patches import negative as method
 from ..patches.negative import Settings
 from ..patches.softpag import AUTOMATIC
+from ..server.previews import Preview
 from .base import AttuneNode, in_menu
 from .inputs import automatic, percents, steered_model
 
@@ -59,8 +60,10 @@ class AttuneNegative(AttuneNode):
                     display_name="model", tooltip="The model with the negative in it: connect it to a KSampler with cfg 1."
                 )
             ],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, negative, scale, tau, alpha, start_percent, end_percent) -> io.NodeOutput:
-        return io.NodeOutput(method.apply(model, negative, scale, tau, alpha, start_percent, end_percent))
+        observer = Preview(cls.hidden.unique_id)
+        return io.NodeOutput(method.apply(model, negative, scale, tau, alpha, start_percent, end_percent, observer))

@@ -61,10 +61,10 @@ class AttuneRefineMaps(AttuneNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The steered model: connect it to a KSampler.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
     def execute(cls, model, rounds, keep, sigma, start_percent, end_percent, words=None) -> io.NodeOutput:
-        return io.NodeOutput(
-            refine.apply(model, words, rounds, keep, sigma, start_percent, end_percent, observer=Preview(None))
-        )
+        observer = Preview(cls.hidden.unique_id)
+        return io.NodeOutput(refine.apply(model, words, rounds, keep, sigma, start_percent, end_percent, observer=observer))

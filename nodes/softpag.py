@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..methods.softpag import PATHS, TARGETS, TOKENS
 from ..patches import softpag
 from ..patches.softpag import AUTOMATIC, Settings
+from ..server.previews import Preview
 from .base import AttuneNode, in_menu
 from .heads import AttuneHeadsType
 from .inputs import advanced, advanced_choice, automatic, percents
@@ -108,6 +109,7 @@ class AttuneSoftPAG(AttuneNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The guided model: connect it to a KSampler.")],
+            hidden=[io.Hidden.unique_id],
         )
 
     @classmethod
@@ -121,6 +123,7 @@ class AttuneSoftPAG(AttuneNode):
                 end_percent=end_percent,
                 rescale=rescale,
                 heads=heads,
+                observer=Preview(cls.hidden.unique_id),
                 **{name: value for name, value in choices.items() if value is not None},  # None: nobody filled it in
             )
         )

@@ -91,12 +91,13 @@ def apply(
         if value not in known:
             raise ValueError(f"{NODE}: there is no {name} “{value}”; choose one of {', '.join(known)}.")
     if strength == OFF:
+        observer.effect("strength is off")
         return model.clone(), "Off: the model is the plain one, and the conditioning is your prompt."
     factor = _FACTORS[strength]
     family, _ = model_sites(model)
     if problem in (MIXED, FLAT):
         scale = factor * softpag.scale_of(family, softpag.AUTOMATIC)
-        return softpag.apply(model, scale), _said(problem, family, scale=scale)
+        return softpag.apply(model, scale, observer=observer), _said(problem, family, scale=scale)
     if problem == MISSING:
         patched = regulation.apply(model, words, regulation.Settings(strength=factor), observer=observer)
         return patched, _said(problem, family, words=words, strength=factor)
@@ -112,6 +113,7 @@ def apply(
         said = (
             "The weights in your text are used by the text encoder itself, so nothing more was set and strength means nothing."
         )
+        observer.effect("the weights in the text are used by the text encoder, and nothing is left to set")
         return model.clone(), said
     lines = ", ".join(f"{one.phrase.text}: {one.weight:g}" for one in chosen)
     return weights.apply(model, words, chosen, observer=observer), _said(problem, family, lines=lines)

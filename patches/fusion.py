@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from ..language.words import Words
 
 METHOD = "Phrase Fusion"
+SINGLE = "every phrase is a single token, so that there is nothing to fuse"
 
 
 @dataclass(frozen=True)
@@ -64,6 +65,7 @@ def apply(
     fused = groups(words)
     patched = model.clone()
     if strength == 0 or not fused:
+        observer.effect("strength is 0, which is off" if fused else SINGLE)
         return patched
     columns = tuple(sorted(c for group in fused for c in group))
     matrix = maths.mixing([[columns.index(c) for c in group] for group in fused], len(columns), strength)
@@ -71,6 +73,7 @@ def apply(
     def edit(call: AttentionCall, weights: Tensor) -> tuple[Tensor, Tensor | None] | None:
         return edit_own(call, weights, lambda part: (maths.fuse(part, matrix), None))
 
-    request(patched, EditWeights(where, edit, rows=COND, columns=columns, prompt_columns=words.total))
+    asking = EditWeights(where, edit, rows=COND, columns=columns, prompt_columns=words.total)
+    request(patched, asking, tell=observer.effect)
     guard(patched, METHOD, words, observer)
     return patched

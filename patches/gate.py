@@ -15,6 +15,7 @@ from torch import Tensor
 from ..methods import gate as maths
 from ..scoring.scorers import Scorer
 from .hook.call import AttentionCall
+from .hook.effects import Effect, watch
 from .hook.install import ModelPatcher, request
 from .hook.requests import COND, EditWeights, Span
 from .hook.run import RUN, SamplingRun
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
 
 METHOD = "Semantic Gate"
 DAMP, INVERT = MODES = ("damp", "invert")
+OPEN = "every gate stayed open; raise the threshold to lie among the scores"
+SHORT = "no step of this run comes after a score; sample more steps, or widen start_percent and end_percent"
 PREVIEW = 8  # pixels of a picture per latent pixel of a preview
 
 
@@ -69,6 +72,7 @@ class _SemanticGate:
     span: Span
     mode: str
     observer: Observer
+    effect: Effect
     key: object = field(default_factory=object)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _SemanticGate:
@@ -85,6 +89,7 @@ class _SemanticGate:
         sampling = args["model"].model_sampling
         step, levels = run.step(args["sigma"], schedule), run.schedule(schedule)
         state: _State = run.state.setdefault(self.key, _State())
+        run.why.setdefault(self.effect, SHORT)
         last = step + 2 >= len(levels) or not run.within(self.span, levels[step + 1], sampling)
         if step == state.step or last or not run.inside(self.span, args["sigma"], sampling):
             return denoised  # scored already, or nothing to come that a score would change
@@ -100,6 +105,7 @@ class _SemanticGate:
         gain = maths.of_columns(gate, self.members, self.count)
         first, *gates = torch.cat([scores[:1].to(gate), gate]).tolist()  # one wait for the device
         same = all(g == 1 for of_picture in gates for g in of_picture)
+        run.why[self.effect] = OPEN
         state.step, state.gain = step, None if same else gain if self.mode == DAMP else 1 / gain
         said = ", ".join(f"{t} {s:.3g} → {g:.2f}" for t, s, g in zip(self.texts, first, gates[0], strict=True))
         self.observer.tell(f"{METHOD}, step {step + 1} of {len(levels) - 1}: {said}{self._advice(gates)}")
@@ -211,12 +217,18 @@ def apply(
     where = text_places(model, METHOD, heads)
     patched = model.clone()
     if floor == 1:
+        observer.effect("floor is 1, which is off")
         return patched
     columns = tuple(sorted({c for phrase in words.phrases for c in phrase.columns}))
     members = tuple(tuple(columns.index(c) for c in phrase.columns) for phrase in words.phrases)
     texts = tuple(phrase.text for phrase in words.phrases)
-    method = _SemanticGate(texts, members, len(columns), scorer, vae, threshold, softness, floor, every, span, mode, observer)
-    request(patched, EditWeights(where, method.edit, rows=COND, span=span, columns=columns, prompt_columns=words.total))
+    effect = Effect(span, observer.effect)
+    method = _SemanticGate(
+        texts, members, len(columns), scorer, vae, threshold, softness, floor, every, span, mode, observer, effect
+    )
+    asking = EditWeights(where, method.edit, rows=COND, span=span, columns=columns, prompt_columns=words.total, effect=effect)
+    request(patched, asking)
+    watch(patched, effect)
     guard(patched, METHOD, words, observer)
     patched.set_model_sampler_post_cfg_function(method.look)
     patched.set_additional_models(f"attune_gate_{id(method)}", method.models)

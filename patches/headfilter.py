@@ -12,6 +12,7 @@ from .hook.call import AttentionCall
 from .hook.install import ModelPatcher, model_sites, request
 from .hook.requests import BlendOutputs
 from .hook.sites import Heads, check, joint
+from .observer import NOBODY, Observer
 
 METHOD = "Head Filter"
 SELF, CROSS, BOTH = KINDS = ("self", "cross", "both")
@@ -29,7 +30,9 @@ class Settings:
 DEFAULTS = Settings()
 
 
-def apply(model: ModelPatcher, heads: Heads, kind: str = DEFAULTS.kind, others: str = DEFAULTS.others) -> ModelPatcher:
+def apply(
+    model: ModelPatcher, heads: Heads, kind: str = DEFAULTS.kind, others: str = DEFAULTS.others, observer: Observer = NOBODY
+) -> ModelPatcher:
     """A clone of ``model`` in which, of the layers in ``heads``, only those heads speak, for every row of the batch.
 
     Where all heads of a layer are chosen, and in layers that are not named, nothing changes. In joint attention it is the image tokens'
@@ -57,10 +60,12 @@ def apply(model: ModelPatcher, heads: Heads, kind: str = DEFAULTS.kind, others: 
         silent = tuple(h for h in range(site.heads) if h not in chosen[site.name])
         where |= {(site.name, k): silent for k in kinds if silent}
     patched = model.clone()
+
+    def blend(call: AttentionCall, heads: ChosenHeads) -> Tensor:
+        return maths.silence(heads.out, heads.v, others)
+
     if where:
-
-        def blend(call: AttentionCall, heads: ChosenHeads) -> Tensor:
-            return maths.silence(heads.out, heads.v, others)
-
-        request(patched, BlendOutputs(where, blend))
+        request(patched, BlendOutputs(where, blend), tell=observer.effect)
+    else:
+        observer.effect("all heads of the layers are chosen, so that none is silenced")
     return patched

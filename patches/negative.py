@@ -13,6 +13,7 @@ from .hook.call import AttentionCall
 from .hook.install import ModelPatcher, model_sites, request
 from .hook.requests import COND, BlendOutputs, Span
 from .hook.texts import OtherText
+from .observer import NOBODY, Observer
 from .softpag import AUTOMATIC
 
 METHOD = "Negative Prompt at cfg 1"
@@ -57,10 +58,14 @@ def apply(
     alpha: float = Settings.alpha,
     start_percent: float = Settings.start_percent,
     end_percent: float = Settings.end_percent,
+    observer: Observer = NOBODY,
 ) -> ModelPatcher:
     """A clone of ``model`` whose conditional prediction keeps away from a negative text; with scale 1 or alpha 0, just a clone.
 
     Acts wherever the picture attends to text: in cross-attention, or on the image tokens of joint attention.
+
+    Args:
+        observer: is told of runs without an effect.
 
     Raises:
         ValueError: for a negative of several prompts or with an area or the like of its own, a tau below 1, an empty span, or an unknown model.
@@ -74,6 +79,7 @@ def apply(
     where = {(s.name, kind): None for s in sites for kind in s.kinds if kind in ("cross", "joint")}
     patched = model.clone()
     if scale == 1 or alpha == 0:
+        observer.effect("scale is 1, which is off" if scale == 1 else "alpha is 0, which is off")
         return patched
     if not where:
         raise ValueError(
@@ -87,7 +93,7 @@ def apply(
         own = heads.attend()  # what an IP-Adapter adds stays as it is
         return heads.out + away(own, other, scale, tau, alpha) - own
 
-    request(patched, BlendOutputs(where, blend, rows=COND, span=span, text=text))
+    request(patched, BlendOutputs(where, blend, rows=COND, span=span, text=text), tell=observer.effect)
     return patched
 
 

@@ -23,6 +23,11 @@ class Observer:
         """A sentence about the run."""
         logging.info("Attune: %s", text)
 
+    def effect(self, missing: str | None) -> None:
+        """Why a run is, or was, not changed, in a sentence without its end; None where it was."""
+        if missing is not None:
+            logging.info("Attune: no effect: %s", missing)
+
     def origin(self) -> Any:
         """What makes a picture now: the same for the same picture of the same workflow."""
         return None

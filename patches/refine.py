@@ -88,6 +88,7 @@ def apply(
         raise ValueError(f"{METHOD}: there are no words to refine; name at least one in Prompt Words, or leave words open.")
     patched = model.clone()
     if rounds == 0:
+        observer.effect("rounds is 0, which is off")
         return patched
 
     def refined(weights: Tensor, grid: tuple[int, int]) -> tuple[Tensor, Tensor | None]:
@@ -116,10 +117,9 @@ def apply(
         return edit_own(call, weights, lambda part: refined(part, grid))
 
     prompt_columns = None if words is None else words.total
-    request(
-        patched,
-        EditWeights(where, edit, rows=COND, span=span, columns=targets if joint else None, prompt_columns=prompt_columns),
-    )
+    own = targets if joint else None
+    asking = EditWeights(where, edit, rows=COND, span=span, columns=own, prompt_columns=prompt_columns)
+    request(patched, asking, tell=observer.effect)
     if words is not None:
         guard(patched, METHOD, words, observer)
     return patched

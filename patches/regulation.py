@@ -193,6 +193,7 @@ def apply(
     where = text_places(model, METHOD, heads, auto_layers)
     patched = model.clone()
     if settings.strength == 0:
+        observer.effect("strength is 0, which is off")
         return patched
     columns = tuple(sorted({*targets, *start_and_end(words)}))
     method = _Regulation(
@@ -203,6 +204,7 @@ def apply(
         observer=observer,
         key=object(),
     )
-    request(patched, EditWeights(where, method.edit, rows=COND, span=span, columns=columns, prompt_columns=words.total))
+    asking = EditWeights(where, method.edit, rows=COND, span=span, columns=columns, prompt_columns=words.total)
+    request(patched, asking, tell=observer.effect)
     guard(patched, METHOD, words, observer)
     return patched

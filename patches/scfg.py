@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..methods import scfg as maths
 from .hook.call import AttentionCall
+from .hook.effects import Effect, watch
 from .hook.install import ModelPatcher, model_sites, request
 from .hook.requests import ALL, COND, PIXELS, ReadWeights, Span
 from .hook.run import RUN, SamplingRun
@@ -94,6 +95,7 @@ class _SemanticCFG:
     span: Span
     recorder: Recorder
     observer: Observer
+    effect: Effect
     key: object
 
     def requests(self, sites: tuple[Site, ...]) -> tuple[ReadWeights, ...]:
@@ -164,9 +166,8 @@ class _SemanticCFG:
             return given
         now: _Evaluation | None = run.state.pop((self.key, run.evaluation), None)
         if math.isclose(scale, 1.0) or args["conds"][1] is None:
-            if not run.state.get(self.key):
-                run.state[self.key] = True
-                self.observer.tell(f"{METHOD}: at cfg 1 there is no guidance to even out, and nothing changes; raise cfg.")
+            run.state[self.key] = True
+            run.why[self.effect] = "at cfg 1 there is no guidance to even out; raise cfg"
             return given
         if now is None or not now.maps:
             raise RuntimeError(
@@ -174,6 +175,7 @@ class _SemanticCFG:
                 "in a way that hides them. Take that node out, or end Semantic-aware CFG before it starts (end_percent)."
             )
         conditional, unconditional = (_picture(t) for t in given[:2])
+        run.acted.add(self.effect)
         ratio = self._ratio(now, args, conditional, unconditional, scale)
         true = run.state[EVENED][1] if EVENED in run.state else given[1]
         given[1] = maths.evened(conditional, unconditional, scale, ratio).reshape(true.shape)
@@ -263,10 +265,12 @@ def apply(model: ModelPatcher, settings: Settings = Settings(), observer: Observ
         span=span,
         recorder=Recorder(maps, chosen, mean_heads=True, by_product=True),
         observer=observer,
+        effect=Effect(span, observer.effect),
         key=object(),
     )
     patched = model.clone()
     request(patched, *method.requests(chosen))
+    watch(patched, method.effect)
     patched.set_model_sampler_pre_cfg_function(method.even_out)
     after = patched.model_options.get("sampler_post_cfg_function", [])
     patched.model_options["sampler_post_cfg_function"] = [restore, *(f for f in after if f is not restore)]

@@ -14,12 +14,14 @@ from ..methods.softpag import ALL, PATHS, TARGETS, TEXT, TOKENS, Tokens, guide, 
 from .hook import prefix_cache
 from .hook.blends import ChosenHeads
 from .hook.call import AttentionCall
+from .hook.effects import Effect, watch
 from .hook.install import ModelPatcher, install, model_sites
 from .hook.requests import ALL as EVERY_ROW
 from .hook.requests import BlendOutputs, Request, Span
 from .hook.run import RUN, ExtraForward, SamplingRun, with_extra_forward
 from .hook.sites import Heads, Site, check, joint, select
 from .hook.tensors import index_or_slice
+from .observer import NOBODY, Observer
 
 AUTOMATIC = -1.0  # of a scale or a perturbation: what is usual for the model's family
 _SCALES = {"flux": 8.0}  # section D.1 of the paper, FLUX.1's
@@ -219,12 +221,14 @@ def apply(
     path: str = Settings.path,
     heads_2: Heads | None = None,
     scale_2: float = Settings.scale_2,
+    observer: Observer = NOBODY,
 ) -> ModelPatcher:
     """A clone of ``model`` with SoftPAG on it; with scale or perturbation 0, just a clone.
 
     Args:
         scale, perturbation, scale_2: `AUTOMATIC` (or anything negative) is the model family's own.
         heads: None is `default_heads`; ``heads_2``, with ``scale_2``, are perturbed in a pass of their own, in the same way.
+        observer: is told of runs without an effect.
 
     Raises:
         ValueError: when the heads belong to another model, the span is empty, the model family is unknown, or a choice is, or means
@@ -241,8 +245,11 @@ def apply(
     passes = [(p, s) for p, s in passes if s != 0 and u != 0]
     patched = model.clone()
     if not passes:
+        observer.effect(f"{'perturbation' if u == 0 else 'scale'} is 0, which is off")
         return patched
     install(patched)
+    effect = Effect(span, observer.effect)
+    watch(patched, effect)
     perturbations = tuple(p for p, _ in passes)
     patched.model_options = recording(patched.model_options, span, perturbations, sites)
 
@@ -252,6 +259,8 @@ def apply(
         sigma, sampling = args["sigma"], args["model"].model_sampling
         if not (span.holds(sigma, sampling) if run is None else run.inside(span, sigma, sampling)):
             return denoised
+        if run is not None:
+            run.acted.add(effect)
         for weaker, (_, s) in zip(perturbed_predictions(args, perturbations, sites), passes, strict=True):
             denoised = guide(denoised, args["cond_denoised"], weaker, s, rescale)
         return denoised

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -144,6 +145,7 @@ def apply(
     patched = model.clone()
     which = acting(chosen, mask, settings.outside)
     if not which:
+        observer.effect("all weights are 1" if chosen else "no phrase has a weight")
         return patched
     phrases = [chosen[i].phrase.columns for i in which]
     numbers = [chosen[i].weight for i in which]
@@ -157,13 +159,19 @@ def apply(
     method = _Weights(torch.tensor(numbers), members, len(columns), masks, settings, least)
     joint = {place: heads for place, heads in where.items() if place[1] == "joint"}
     asked = [(IMAGE, where), *([(TEXT, joint)] if settings.tokens == BOTH and joint else [])]
-    for tokens, places in asked:
-
-        def edit(call: AttentionCall, weights: Tensor, tokens: str = tokens) -> tuple[Tensor, Tensor | None] | None:
-            return method.edit(call, weights, tokens)
-
-        asking = EditWeights(places, edit, rows=COND, span=span, columns=columns, prompt_columns=words.total, tokens=tokens)
-        request(patched, asking)
+    requests = [
+        EditWeights(
+            places,
+            partial(method.edit, tokens=tokens),
+            rows=COND,
+            span=span,
+            columns=columns,
+            prompt_columns=words.total,
+            tokens=tokens,
+        )
+        for tokens, places in asked
+    ]
+    request(patched, *requests, tell=observer.effect)
     guard(patched, METHOD, words, observer)
     return patched
 

@@ -104,3 +104,13 @@ def tell(node: str | None, text: str) -> None:
     running = server()
     if node is not None and hasattr(running, "send_progress_text"):  # not in an older ComfyUI
         running.send_progress_text(text, node)
+
+
+def tell_effect(node: str | None, missing: str | None) -> None:
+    """Tell the editor that has started the workflow why a node has no effect, or by None that it had one.
+
+    A model may be sampled more than once in a workflow, which one effect is enough for, so its name goes along.
+    """
+    running, context = server(), _context()
+    if node is not None and context is not None and running is not None and running.client_id is not None:
+        running.send_sync("attune.effect", {"node": node, "prompt": context.prompt_id, "missing": missing}, running.client_id)

@@ -20,7 +20,7 @@ from torch import Tensor
 from ..methods.maps import folded, minmax
 from ..patches.hook.call import AttentionCall
 from ..patches.observer import Observer
-from .graph import Origin, executing, lineage, origin, prompt, prompt_text, server, tell
+from .graph import Origin, executing, lineage, origin, prompt, prompt_text, server, tell, tell_effect
 
 if TYPE_CHECKING:
     from ..language.words import Words
@@ -206,6 +206,10 @@ class Preview(Observer):
 
     def tell(self, text: str) -> None:
         tell(self.node, text)
+
+    def effect(self, missing: str | None) -> None:
+        super().effect(missing)
+        tell_effect(executing() if self.node is None else self.node, missing)
 
     def origin(self) -> Origin:
         return origin()

@@ -26,6 +26,12 @@ class View {
     this.widget = attach(node, "attention", this.root, { height: 150 })
   }
 
+  clear() {
+    this.parts = {}
+    this.body.replaceChildren()
+    this.status.textContent = ""
+  }
+
   async show(data) {
     const image = new Image()
     image.src = `data:image/png;base64,${data.image}`
@@ -104,5 +110,7 @@ app.registerExtension({
       if (!views.has(node)) views.set(node, new View(node))
       views.get(node).show(detail)
     })
+    // what an earlier run has shown is not this one's
+    api.addEventListener("attune.effect", ({ detail }) => detail?.missing && views.get(locate(detail.node))?.clear())
   }
 })

@@ -22,6 +22,9 @@ const STYLE = `
 .attune :focus-visible { outline: 2px solid var(--attune-accent); outline-offset: 1px; }
 .attune-quiet { color: var(--descrip-text); }
 .attune-error { color: var(--error-text); white-space: pre-wrap; overflow-wrap: anywhere; }
+.attune-no-effect { display: block; border-left: 3px solid #e09a2b; border-radius: 4px; padding: 3px 7px; background: var(--comfy-input-bg);
+  overflow: auto; scrollbar-width: thin; }
+.attune-no-effect b { color: #e09a2b; }
 .attune-status { flex: none; min-height: 15px; overflow: hidden; text-overflow: ellipsis; white-space: nowrap; color: var(--descrip-text); }
 .attune-scroll { flex: 1; min-height: 0; overflow: auto; scrollbar-width: thin; }
 .attune-grid { position: relative; border-radius: 6px; background: var(--comfy-input-bg); }
@@ -97,7 +100,7 @@ export function attach(node, name, element, { height, tick, remove }) {
   })
   widget.serialize = false
   element.style.minHeight = `${height}px`
-  const timer = setInterval(() => element.isConnected && tick?.(), 300)
+  const timer = tick && setInterval(() => element.isConnected && tick(), 300)
   const removed = node.onRemoved
   node.onRemoved = function (...args) {
     clearInterval(timer)

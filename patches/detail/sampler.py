@@ -82,6 +82,7 @@ def sample(
     mask = latent.get("noise_mask")
     shown = None if callback is None else lambda i, x0, x, n: callback(i, x0[-pictures:], x[-pictures:], n)
     if count == 1:
+        observer.effect("the prompt has no details that were taken apart, so that it is sampled as it is")
         out = comfy.sample.sample(
             model,
             noise,
@@ -132,6 +133,8 @@ def sample(
     masks = torch.ones(count - 1, pictures, 1, *size, dtype=torch.bool) if session.masks is None else session.masks
     subjects = [i for i in range(1, count) if any(p.subjects[i] for p in session.prompts.values())]
     chosen = masks[[i - 1 for i in subjects]] if subjects else torch.ones(1, pictures, 1, *size)
+    none = f"share_until {settings.share_until:g} of {len(sigmas) - 1} steps is no step; raise it"
+    observer.effect(None if session.shared else none)
     return out.to(comfy.model_management.intermediate_device()), _pictures(chosen.flatten(0, 1).float().cpu())
 
 

@@ -134,6 +134,8 @@ def blend(call: AttentionCall, request: BlendOutputs, tensors: CallTensors, out:
     """Write the blend of some rows, heads and tokens over the output ``[B, H, M, d]``."""
     if call.rows(request.rows) == []:
         return out
+    if call.run is not None:
+        call.run.acted.add(request.effect)
     heads = ChosenHeads(call, request, tensors, out, kernel)
     mixed = request.blend(call, heads)
     if out.requires_grad or mixed.requires_grad:

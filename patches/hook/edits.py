@@ -133,6 +133,8 @@ class WeightsOfCall:
             edited = request.edit(self.call, folded)
         if edited is None:
             return False
+        if self.call.run is not None:
+            self.call.run.acted.add(request.effect)
         new, factor = edited
         copies = given.shape[-1] // folded.shape[-1]
         if copies > 1:  # each takes its part of the change

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, TypeAlias
 
 import comfy.patcher_extension
 from torch import Tensor, nn
 
-from . import prefix_cache, texts
+from . import effects, prefix_cache, texts
 from .families import family, family_of, sites
 from .families.base import Block
 from .forward import Forward
@@ -24,8 +25,11 @@ MINIMUM = "ComfyUI 0.3.60"
 ModelPatcher: TypeAlias = Any  # comfy.model_patcher.ModelPatcher
 
 
-def request(model: ModelPatcher, *requests: Request) -> None:
+def request(model: ModelPatcher, *requests: Request, tell: Callable[[str | None], None] | None = None) -> None:
     """Add requests to a model that is already this node's own clone.
+
+    Args:
+        tell: is told after each run why they had no effect, or None where one of them had (`Effect`); they have the same span.
 
     Raises:
         RuntimeError: when this ComfyUI is too old to carry the hook.
@@ -35,6 +39,10 @@ def request(model: ModelPatcher, *requests: Request) -> None:
     _check({site.name: site for site in known}, requests)
     install(model)
     options = model.model_options.setdefault("transformer_options", {})
+    if tell is not None:
+        effect = effects.Effect(requests[0].span, tell)
+        effects.watch(model, effect)
+        requests = tuple(replace(r, effect=effect) for r in requests)
     options[REQUESTS] = (*options.get(REQUESTS, ()), *requests)
 
 
@@ -98,6 +106,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
     out = executor(*args, **kwargs)
     for publish in run.finished:
         publish()
+    effects.tell(run, options)
     return out
 
 

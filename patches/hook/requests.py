@@ -15,6 +15,7 @@ from torch import Tensor
 if TYPE_CHECKING:
     from .blends import ChosenHeads
     from .call import AttentionCall
+    from .effects import Effect
     from .texts import OtherText
 
 COND, UNCOND, ALL = "cond", "uncond", "all"
@@ -70,12 +71,14 @@ class Request:
         rows: ``cond``, ``uncond`` or ``all``; in a forward of our own also a tuple: these pictures of every chunk of it. In such a forward
             every row counts as conditional.
         span: when.
+        effect: what is marked where it changes something.
     """
 
     where: Where
     _: KW_ONLY
     rows: Rows = ALL
     span: Span = Span()
+    effect: Effect | None = None
 
 
 @dataclass(frozen=True)

@@ -9,6 +9,7 @@ from typing import Any
 
 from torch import Tensor
 
+from .effects import Effect
 from .prefix_cache import PrefixCache
 from .requests import Request, Span
 from .sites import Site
@@ -42,6 +43,8 @@ class SamplingRun:
         sites: the places of the models met so far.
         state: every method's own.
         finished: called, in order, after a run that came to its end.
+        acted: effects that there were; ``why``: reasons that methods know for those that there were not.
+        held: spans that an evaluation was in.
         seed: the sampler's, or None where it has none.
         evaluation: number of the sampler's call of the guider that is going on, from 1; 0 where the guider does not say.
     """
@@ -52,6 +55,9 @@ class SamplingRun:
     prefixes: PrefixCache = field(default_factory=PrefixCache)
     state: dict[Any, Any] = field(default_factory=dict)
     finished: list[Callable[[], None]] = field(default_factory=list)
+    acted: set[Effect | None] = field(default_factory=set)
+    why: dict[Effect, str] = field(default_factory=dict)
+    held: set[Span] = field(default_factory=set)
     seed: int | None = None
     evaluation: int = 0
     lock: threading.Lock = field(default_factory=threading.Lock)
@@ -103,7 +109,12 @@ class SamplingRun:
 
     def inside(self, span: Span, sigma: Tensor, model_sampling: Any) -> bool:
         """Whether the evaluation that is going on, at noise level ``sigma``, is in a span."""
-        return span.whole or self.within(span, self.level(sigma), model_sampling)
+        if span.whole:
+            return True
+        inside = self.within(span, self.level(sigma), model_sampling)
+        if inside:
+            self.held.add(span)
+        return inside
 
     def within(self, span: Span, level: float, model_sampling: Any) -> bool:
         """Whether a noise level is in a span."""

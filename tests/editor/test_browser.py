@@ -501,6 +501,60 @@ def test_every_node_of_a_stack_shows_its_maps(editor, vue):
         editor.setting(VUE, False)
 
 
+def picture(editor, method, **values):
+    """A workflow with a method between the demo model and a sampler, to be seen at the left."""
+    editor.clear()
+    editor(
+        """([method, values, text]) => {
+            const add = (type, x, y, values) => t.add(type, [x, y], values)
+            const demo = add("AttuneDemoModel", 0, 400), node = add(method, 0, 0, values), sampler = add("KSampler", 800, 0)
+            const positive = add("CLIPTextEncode", 400, 400, { text }), negative = add("CLIPTextEncode", 400, 650)
+            const latent = add("EmptyLatentImage", 400, 900, { width: 128, height: 128 })
+            const decode = add("VAEDecode", 1150, 0), preview = add("PreviewImage", 1150, 150)
+            demo.connect(0, node, "model"); node.connect(0, sampler, "model"); latent.connect(0, sampler, "latent_image")
+            for (const [n, role] of [[positive, "positive"], [negative, "negative"]]) { demo.connect(1, n, "clip"); n.connect(0, sampler, role) }
+            sampler.connect(0, decode, "samples"); demo.connect(2, decode, "vae"); decode.connect(0, preview, "images") }""",
+        [method, values, PROMPT],
+    )
+    editor.show()
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "nodes 2.0"])
+def test_a_node_without_an_effect_says_so_until_it_has_one(editor, vue):
+    editor.setting(VUE, vue)
+    try:
+        picture(editor, "AttuneSemanticCFG")
+        set_to = lambda kind, name, value: editor("(args) => t.set(...args)", [kind, name, value])  # noqa: E731
+        line, heat = editor.page.locator(".attune-no-effect"), "() => document.querySelectorAll('.attune-live figure').length"
+        set_to("KSampler", "cfg", 1)
+        editor.run(1)
+        line.wait_for()
+        assert line.inner_text() == "No effect in the last run: at cfg 1 there is no guidance to even out; raise cfg."
+        assert line.evaluate("(e) => e.clientHeight >= e.scrollHeight && e.clientHeight > 20"), "all of it is to be read"
+        assert editor(heat) == 0
+        set_to("KSampler", "cfg", 4)
+        editor.run(1)
+        line.wait_for(state="detached")
+        editor.wait(heat)
+        set_to("AttuneSemanticCFG", "start_percent", 0.31)
+        set_to("AttuneSemanticCFG", "end_percent", 0.32)
+        editor.run(1)
+        editor.wait(
+            "() => document.querySelector('.attune-no-effect')?.textContent.includes('no step of this run lies between')"
+        )
+        assert editor(heat) == 0, "what an earlier run has shown"
+        picture(editor, "AttuneSoftPAG", scale=0)
+        before = editor("() => t.find('AttuneSoftPAG').size[1]")
+        editor.run(1)
+        editor.wait("() => document.querySelector('.attune-no-effect')?.textContent.includes('scale is 0, which is off')")
+        set_to("AttuneSoftPAG", "scale", 3)
+        editor.run(1)
+        line.wait_for(state="detached")
+        assert vue or editor("() => t.find('AttuneSoftPAG').size[1]") == before
+    finally:
+        editor.setting(VUE, False)
+
+
 # --- branches, and coming back ----------------------------------------------------------------------------------------
 
 MANUAL = "* | a dog and a cat\ndog | a red dog and a cat\ncat | a dog and a blue cat"

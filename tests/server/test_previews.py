@@ -27,6 +27,7 @@ class FakeServer:
 
     def __init__(self):
         self.client_id, self.sockets, self.sent = "me", {"me": object()}, []
+        self.effects = []
         self.prompt = {
             "7": {"class_type": "KSampler", "inputs": {}},
             "2": {"class_type": "AttuneWords", "inputs": {"text": "x"}},
@@ -34,7 +35,7 @@ class FakeServer:
         self.prompt_queue = SimpleNamespace(get_current_queue=lambda: ([(0, "p", self.prompt)], []))
 
     def send_sync(self, event, data, client):
-        self.sent.append((event, data, client))
+        (self.effects if event == "attune.effect" else self.sent).append((event, data, client))
 
     def send_progress_text(self, text, node):
         pass
@@ -146,6 +147,23 @@ def test_a_node_sends_no_more_than_four_times_a_second(server, monkeypatch):
     assert len(server.sent) == pytest.approx(4.0 / 0.25, abs=4) and len(server.sent) <= 16
     live.show(39, 40, ["a"], torch.rand(1, 4, 4), node="3", last=True)
     assert server.sent[-1][1]["step"] == 40
+
+
+def test_effects_are_told_to_the_editor_that_has_started_the_run(server):
+    patched = scfg.apply(families.shared("sd15"), observer=live.Preview("9"))[0]
+    live._listeners.clear()  # who wants no maps is told all the same
+    families.sample(patched, cfg=1.0)
+    families.sample(patched, cfg=3.0)
+    missing, none = (data for _, data, client in server.effects if client == "me")
+    assert missing == {"node": "9", "prompt": "p", "missing": "at cfg 1 there is no guidance to even out; raise cfg"}
+    assert none == {"node": "9", "prompt": "p", "missing": None}
+    server.effects.clear()
+    server.client_id = None  # started by a program
+    live.Preview("9").effect(None)
+    assert not server.effects
+    server.client_id = "me"
+    live.Preview(None).effect("why")
+    assert server.effects[-1][1]["node"] == "7"  # the one that runs
 
 
 def test_messages_are_small(server):
