@@ -29,7 +29,7 @@ CALLS: dict[str, list[Place]] = {
     "sd35": [("joint.0", "joint"), ("joint.0", "self"), ("joint.1", "joint"), ("joint.1", "self"), ("joint.2", "joint")],
     "flux": [(s, "joint") for s in ("double.0", "double.1", "single.0", "single.1", "single.2")],
 }
-CALLS |= {name: families.calls_of(families.shared(name)) for name in ("qwen_image", "flux2")}
+CALLS |= {name: families.calls_of(families.shared(name)) for name in ("qwen_image", "flux2") if name in families.EVERY}
 JOINT = [("sd3", "joint.1"), ("sd35", "joint.0"), ("flux", "double.1"), ("flux", "single.1")]
 TEXT = 7  # tokens of `families.text`
 SELF, CROSS = ("middle.0.0", "self"), ("middle.0.0", "cross")
