@@ -20,6 +20,7 @@ COMMANDS = {
     "locales": ("tools.locales", "write the English words of the nodes for the frontend, and check the other languages"),
     "measurements": ("tools.measurements", "write the tables of MEASUREMENTS.md from the benchmarks' results"),
     "templates": ("tools.templates", "lay out the templates for the canvas and for Nodes 2.0, in the real editor"),
+    "thumbnails": ("tools.thumbnails", "draw the templates' thumbnails with the bundled model"),
     "models": ("tools.models", "write the tables of MODELS.md: which node works on which model"),
     "architecture": ("tools.architecture", "write the picture of the folders and their imports into CONTRIBUTING.md"),
     "fuzz": ("tools.robustness.fuzz", "give every node ordinary and hostile inputs, and say which break it"),

@@ -52,10 +52,13 @@ TITLES = ("1 Model and prompt", "2 What is changed", "3 Draw", "4 Look")
 COLOURS = ("#3f5159", "#8a6d3b", "#3b5b8a", "#4b6b46")
 STAGES = {
     **dict.fromkeys(("KSampler", "AttuneDetailSampler", "VAEDecode", "AttuneHeadHunter", "AttuneStructureRefine"), DRAW),
+    **dict.fromkeys(("CFGGuider", "SamplerCustomAdvanced"), DRAW),
     **dict.fromkeys(("SaveImage", "PreviewImage", "PreviewAny", "MaskToImage", "AttuneShowMaps"), LOOK),
     **dict.fromkeys(("AttuneSegmentation", "AttuneScore", "AttuneSaveHeads", "ImageCompare"), LOOK),
     **dict.fromkeys(("CheckpointLoaderSimple", "UNETLoader", "CLIPLoader", "VAELoader", "AttuneDemoModel"), INPUTS),
-    **dict.fromkeys(("PrimitiveStringMultiline", "CLIPTextEncode", "EmptyLatentImage", "EmptySD3LatentImage"), INPUTS),
+    **dict.fromkeys(("PrimitiveStringMultiline", "CLIPTextEncode"), INPUTS),
+    **dict.fromkeys(("EmptyLatentImage", "EmptySD3LatentImage", "EmptyFlux2LatentImage"), INPUTS),
+    **dict.fromkeys(("RandomNoise", "KSamplerSelect", "Flux2Scheduler"), INPUTS),
     **dict.fromkeys(("AttuneWords", "FluxGuidance", "ConditioningZeroOut", "ModelSamplingAuraFlow"), INPUTS),
     **dict.fromkeys(("AttunePromptList", "AttuneDemoScorer", "MarkdownNote"), INPUTS),
 }

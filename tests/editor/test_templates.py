@@ -1,12 +1,14 @@
 """Every template as the editor opens it, on the canvas and in Nodes 2.0: readable, nothing over another, all in its group, also after a run."""
 
 import json
+import re
 import shutil
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from PIL import Image
 
 from attune.tests.helpers import EXAMPLES
 from attune.tools import templates
@@ -16,6 +18,12 @@ playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = next(filter(None, map(shutil.which, templates.BROWSERS)), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome on this machine")
 SCREENS = ((1600, 1000), (1920, 1080))
+FOLDERS = {
+    "CheckpointLoaderSimple": "checkpoints",
+    "UNETLoader": "diffusion_models",
+    "CLIPLoader": "text_encoders",
+    "VAELoader": "vae",
+}
 AROUND = (60, 80)  # the editor's own bars at the left and the top, in pixels of the screen
 
 
@@ -95,3 +103,17 @@ def test_nodes_that_grow_in_a_run_have_room(page, server):
     found = page.evaluate(templates.BOXES, page.vue)
     assert over(found["nodes"]) == []
     assert outside(found["nodes"], found["groups"]) == []
+
+
+@pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
+def test_a_template_has_a_thumbnail_and_offers_its_files(path: Path):
+    with Image.open(path.with_suffix(".jpg")) as picture:
+        assert max(picture.size) / min(picture.size) < 3.5
+    assert path.with_suffix(".jpg").stat().st_size < 60_000
+    for node in json.loads(path.read_text(encoding="utf-8"))["nodes"]:
+        files = [value for value in node.get("widgets_values", []) if str(value).endswith(".safetensors")]
+        known = {m["name"]: m for m in node["properties"].get("models", [])}
+        assert sorted(files) == sorted(known)
+        for name, model in known.items():
+            assert re.fullmatch(rf"https://huggingface\.co/[\w.-]+/[\w.-]+/resolve/main/(.*/)?{re.escape(name)}", model["url"])
+            assert model["directory"] == FOLDERS[node["type"]]
