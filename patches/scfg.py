@@ -224,11 +224,7 @@ class _SemanticCFG:
 
 
 def _picture(latent: Tensor) -> Tensor:
-    """``[B, c, H, W]`` of a latent, which may be a film of one frame."""
-    if latent.ndim == 5 and latent.shape[2] > 1:
-        raise ValueError(
-            f"{METHOD} works on pictures, and this latent has {latent.shape[2]} frames; make one of them, or take the node out."
-        )
+    """``[B, c, H, W]`` of a latent, which may be a film of one frame; longer ones are refused before (`Effect.pictures`)."""
     return latent[:, :, 0] if latent.ndim == 5 else latent
 
 
@@ -265,7 +261,7 @@ def apply(model: ModelPatcher, settings: Settings = Settings(), observer: Observ
         span=span,
         recorder=Recorder(maps, chosen, mean_heads=True, by_product=True),
         observer=observer,
-        effect=Effect(span, observer.effect),
+        effect=Effect(span, observer.effect, METHOD),
         key=object(),
     )
     patched = model.clone()

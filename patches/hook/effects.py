@@ -25,10 +25,12 @@ class Effect:
     Attributes:
         span: when the node acts.
         tell: is told after every run why there was none, or None where there was one.
+        pictures: the method's name, where it knows pictures and not films: a run of a film is then refused before it starts.
     """
 
     span: Span
     tell: Callable[[str | None], None]
+    pictures: str = ""
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Effect:
         """Cloning a model copies what is on it: the node stays one."""
@@ -39,6 +41,20 @@ def watch(model: Any, effect: Effect) -> None:
     """Have the runs of a model, a node's own clone that carries the hook, tell about an effect."""
     options = model.model_options.setdefault("transformer_options", {})
     options[EFFECTS] = (*options.get(EFFECTS, ()), effect)
+
+
+def check(options: Mapping[str, Any], latent: Any) -> None:
+    """Before a run of ``latent [B, c, (frames,) H, W]`` starts.
+
+    Raises:
+        ValueError: for a film, where something on the model knows only pictures.
+    """
+    frames = latent.shape[2] if getattr(latent, "ndim", 4) == 5 else 1
+    for effect in options.get(EFFECTS, ()):
+        if effect.pictures and frames > 1:
+            raise ValueError(
+                f"{effect.pictures} works on pictures, and this latent has {frames} frames; make one of them, or take the node out."
+            )
 
 
 def tell(run: SamplingRun, options: Mapping[str, Any]) -> None:

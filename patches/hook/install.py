@@ -100,6 +100,7 @@ def _outer_sample(executor: Any, *args: Any, **kwargs: Any) -> Any:
             "model from before them."
         )
     options = executor.class_obj.model_options.setdefault("transformer_options", {})
+    effects.check(options, args[1] if len(args) > 1 else kwargs.get("latent_image"))
     options[RUN] = run
     if run.conds:
         run.texts = texts.join(run.conds, _texts(options.get(REQUESTS, ())))

@@ -310,3 +310,10 @@ def test_under_areas_the_regions_are_the_prompts_own(apart, monkeypatch):
     positive = families.text(1, area=(8, 8, 0, 0), strength=1.0) + families.text(3, area=(8, 8, 0, 8), strength=1.0)
     sample(scfg.apply(model)[0], positive=positive, size=(8, 16), steps=1)
     assert looked_at == [7, 7]  # tokens, not start and others
+
+
+def test_a_film_is_refused_before_sampling_starts(monkeypatch):
+    model = scfg.apply(families.shared("wan"))[0]
+    monkeypatch.setattr(model.model, "apply_model", lambda *_, **__: pytest.fail("it sampled"))
+    with pytest.raises(ValueError, match="Semantic-aware CFG works on pictures, and this latent has 3 frames"):
+        families.sample(model, frames=3)
