@@ -7,6 +7,7 @@ from comfy_api.latest import io
 from ..patches.maps import pictures, record, recorder
 from ..server.graph import made_by
 from ..server.previews import Preview
+from ..server.widgets import maps_told
 from .base import AttuneNode, in_menu
 from .inputs import selected
 from .words import AttuneWordsType
@@ -113,7 +114,8 @@ class AttuneShowMaps(AttuneNode):
     @classmethod
     def execute(cls, maps, words, image, view) -> io.NodeOutput:
         kept = maps.record(made_by(cls.hidden.prompt, cls.hidden.unique_id))
-        return io.NodeOutput(*pictures.show(kept, words, image, view))
+        shown = pictures.show(kept, words, image, view)
+        return io.NodeOutput(*shown, ui=maps_told(pictures.explained(kept, words, image)))
 
 
 class AttuneSegmentation(AttuneNode):

@@ -5,8 +5,6 @@ An editor asks by `listen`; a run that no listening editor has started costs one
 
 from __future__ import annotations
 
-import base64
-import io
 import time
 from collections import OrderedDict
 from collections.abc import Sequence
@@ -20,6 +18,7 @@ from torch import Tensor
 from ..methods.maps import folded, minmax
 from ..patches.hook.call import AttentionCall
 from ..patches.observer import Observer
+from .encode import png
 from .graph import Origin, executing, lineage, origin, prompt, prompt_text, server, tell, tell_effect
 
 if TYPE_CHECKING:
@@ -98,7 +97,7 @@ def show(
         "steps": steps or 0,
         "names": list(names) if kind == "regions" else list(names)[:MOST],
         "size": [tiles.shape[2], tiles.shape[1]],
-        "image": _png(tiles),
+        "image": png(tiles),
     }
     running.send_sync(EVENT, data, running.client_id)
 
@@ -108,16 +107,6 @@ def _smaller(maps: Tensor, mode: str) -> Tensor:
     if factor >= 1:
         return maps
     return F.interpolate(maps, size=[max(1, round(n * factor)) for n in maps.shape[-2:]], mode=mode)
-
-
-def _png(tiles: Tensor) -> str:
-    """Grey tiles ``[n, h, w]`` of 0 to 255 below each other, as a PNG in base64."""
-    from PIL import Image
-
-    pixels = tiles.round().clamp(0, 255).to(torch.uint8).flatten(0, 1).cpu().numpy()
-    buffer = io.BytesIO()
-    Image.fromarray(pixels, "L").save(buffer, "PNG")
-    return base64.b64encode(buffer.getvalue()).decode("ascii")
 
 
 # --- whose columns --------------------------------------------------------------------------------------------------

@@ -67,6 +67,7 @@ FIRST = ("MarkdownNote", "AttuneDemoModel", "CheckpointLoaderSimple", "UNETLoade
 GROWTH = {
     **dict.fromkeys(("AttuneRegulation", "AttuneSemanticCFG", "AttuneAttentionMaps", "AttuneSemanticGate"), 260),
     **dict.fromkeys(("AttuneWords", "AttuneFix", "AttuneWordWeights"), 60),
+    "AttuneShowMaps": 310,
     "AttuneDetailSampler": 80,
     "AttuneHeadHunter": 80,
 }

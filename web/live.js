@@ -1,17 +1,11 @@
 // Attention while it forms: the maps that a running node sends, drawn in the node.
 
+import { HEAT } from "./heat.js"
 import { app, api, ask, attach, locate, make } from "./shared.js"
 
 const SETTING = "Attune.LiveMaps"
 // Okabe and Ito's colours, as in the nodes' own pictures; the first is the background.
 const COLOURS = [[60, 60, 60], [230, 159, 0], [87, 181, 232], [0, 158, 115], [240, 227, 66], [0, 115, 178], [214, 94, 0], [204, 120, 166]]
-// plasma, as in Show Attention Maps
-const STOPS = [[13, 8, 135], [84, 2, 163], [139, 10, 165], [185, 50, 137], [219, 92, 104], [244, 136, 73], [254, 188, 43], [240, 249, 33]]
-const HEAT = Array.from({ length: 256 }, (_, v) => {
-  const at = Math.min(0.9999, v / 255) * (STOPS.length - 1)
-  const [a, b] = [STOPS[Math.floor(at)], STOPS[Math.floor(at) + 1]]
-  return a.map((x, i) => Math.round(x + (b[i] - x) * (at % 1)))
-})
 const views = new WeakMap()
 
 const label = (n) => COLOURS[n === 0 ? 0 : ((n - 1) % (COLOURS.length - 1)) + 1]

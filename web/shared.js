@@ -61,6 +61,17 @@ const STYLE = `
 .attune-maps figure { margin: 0; min-width: 0; }
 .attune-maps canvas { width: 100%; display: block; border-radius: 4px; background: #000; }
 .attune-maps figcaption { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; padding-top: 2px; }
+.attune-explained { flex: 1; min-height: 0; display: flex; gap: 8px; align-items: flex-start; }
+.attune-explained canvas { flex: 0 0 auto; width: 60%; height: auto; max-height: 100%; object-fit: contain; object-position: left top; cursor: crosshair;
+  touch-action: none; }
+.lg-node .attune-explained canvas { max-height: 420px; }
+.attune-shares { flex: 1; min-width: 0; margin: 0; padding: 0; list-style: none; display: flex; flex-direction: column; gap: 3px; }
+.attune-shares li { display: flex; justify-content: space-between; gap: 6px; padding: 2px 6px; border-radius: 4px;
+  background: linear-gradient(90deg, color-mix(in srgb, var(--attune-accent) 38%, transparent) var(--share, 0%), var(--comfy-input-bg) 0); }
+.attune-shares li.attune-quiet { background: none; padding: 0; }
+.attune-shares span { overflow: hidden; text-overflow: ellipsis; white-space: nowrap; }
+.attune-shares b { white-space: nowrap; }
+.attune-explain .attune-chips { flex: none; max-height: 66px; }
 .attune-legend { display: flex; flex-wrap: wrap; gap: 2px 8px; }
 .attune-legend i { display: inline-block; width: 8px; height: 8px; border-radius: 2px; margin-right: 4px; }
 .lg-node .attune { height: auto; }

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 
 from ...methods import maps as maths
 from ..prompts import compare_words
-from .reading import token_maps
+from .reading import attention, token_maps
 from .record import Record
 
 if TYPE_CHECKING:
@@ -19,6 +20,8 @@ if TYPE_CHECKING:
 
 VIEWS = ("mean", "per layer", "per head", "per step")
 MOST_ROWS = 128  # of pictures in a grid
+# What a browser is given to look at: names, pictures, pixels of a map's and of a picture's longer side, and values of all maps together.
+MOST_NAMES, MOST_PICTURES, SIDE, SMALL, MOST_VALUES = 48, 16, 64, 320, 2**18
 COMPLETION, SMOOTHING = 4, 0.5  # S-CFG's
 
 
@@ -103,6 +106,53 @@ def show(record: Record, words: Words, image: Tensor, view: str = "mean") -> tup
             )
         rows += [[(f"step {step + 1}", image), *row("", soft(record, step))] for step in record.steps]
     return _grid(rows), mean.transpose(0, 1).flatten(0, 1)
+
+
+@dataclass(frozen=True)
+class Explained:
+    """What there is to know of every place of the pictures.
+
+    Attributes:
+        names: the chosen phrases, of which there are ``chosen``, then the prompt's other words.
+        maps: ``[B, names, h, w]``, the part of its attention that each place gives to them.
+        pictures: ``[B, H, W, 3]``, small.
+        total: pictures that there are; ``B`` are the first of them.
+    """
+
+    names: tuple[str, ...]
+    chosen: int
+    maps: Tensor
+    pictures: Tensor
+    total: int
+
+
+def explained(record: Record, words: Words, image: Tensor) -> Explained:
+    """Every word's map and the pictures, small enough for a browser: at most `MOST_NAMES`, `MOST_PICTURES` and `MOST_VALUES`.
+
+    Raises:
+        ValueError: when image, words and maps do not belong together.
+    """
+    image = _fits(record, image)[:MOST_PICTURES]
+    taken = {c for phrase in words.phrases for c in phrase.columns}
+    others = {w.text: w for w in words.words if w.columns and taken.isdisjoint(w.columns)}
+    every = (*words.phrases, *others.values())[:MOST_NAMES]
+    given = attention(record, words.total)[: len(image)]
+    maps = torch.stack([given[:, list(p.columns)].sum(dim=1) for p in every], dim=1).cpu()
+    side = min(SIDE, int((MOST_VALUES / (maps.shape[0] * maps.shape[1])) ** 0.5))
+    chosen = min(len(words.phrases), len(every))
+    return Explained(tuple(p.text for p in every), chosen, _within(maps, side), _small(image), record.pictures)
+
+
+def _small(image: Tensor) -> Tensor:
+    return _within(image.movedim(3, 1), SMALL).movedim(1, 3)
+
+
+def _within(tiles: Tensor, side: int) -> Tensor:
+    """``[B, n, h, w]`` with no side longer than ``side``."""
+    factor = side / max(tiles.shape[-2:])
+    if factor >= 1:
+        return tiles
+    return torch.nn.functional.interpolate(tiles, size=[max(1, round(n * factor)) for n in tiles.shape[-2:]], mode="area")
 
 
 def segmentation(record: Record, words: Words | None, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from ...methods import scfg
-from ...methods.maps import folded
+from ...methods.maps import folded, resize
 from .record import Place, Record
 
 
@@ -29,9 +29,7 @@ def token_maps(
     Raises:
         ValueError: when the maps hold no attention to text, or are of another prompt.
     """
-    if not record.cross:
-        raise ValueError("these maps hold no attention to text: set kind to “cross” or “both” in Capture Attention Maps.")
-    size = max((p.grid for p in record.cross.values()), key=lambda g: g[0] * g[1])
+    size = _finest(record)
     layers = []
     for name, place in record.cross.items():
         cross = _mean(place, step).mean(dim=1)
@@ -43,6 +41,27 @@ def token_maps(
             own = _mean(record.pixels[name], step)[:, 0]
             own = own / own.sum(dim=-1, keepdim=True)  # in joint attention a pixel also looks at words
         layers.append(scfg.layer_maps(cross, own, place.grid, size, powers, sigma))
+    return torch.stack(layers).mean(dim=0)
+
+
+def _finest(record: Record) -> tuple[int, int]:
+    """The finest captured grid."""
+    if not record.cross:
+        raise ValueError("these maps hold no attention to text: set kind to “cross” or “both” in Capture Attention Maps.")
+    return max((p.grid for p in record.cross.values()), key=lambda g: g[0] * g[1])
+
+
+def attention(record: Record, columns: int) -> Tensor:
+    """What each place gives to every token, ``[pictures, N, h, w]`` on the finest captured grid: mean weights, of which a place has 1 in all.
+
+    Raises:
+        ValueError: as `token_maps`.
+    """
+    size = _finest(record)
+    layers = []
+    for place in record.cross.values():
+        cross = folded(_mean(place, None).mean(dim=1), columns)
+        layers.append(resize(cross.transpose(1, 2).unflatten(2, place.grid), size))
     return torch.stack(layers).mean(dim=0)
 
 

@@ -80,14 +80,14 @@ class Editor:
         """Until something is so in the page."""
         self.page.wait_for_function(condition, arg=arg)
 
-    def run(self, steps=4):
+    def run(self, steps=4, pictures=1):
         """Queue the workflow with few steps, and wait for its end."""
         self(
-            """(steps) => { for (const n of t.app.graph.nodes) for (const w of n.widgets ?? []) {
+            """([steps, pictures]) => { for (const n of t.app.graph.nodes) for (const w of n.widgets ?? []) {
                 if (w.name === "steps" && typeof w.value === "number") w.value = steps
-                if (w.name === "batch_size") w.value = 1
+                if (w.name === "batch_size") w.value = pictures
                 if (w.name === "seed") w.value = Math.floor(Math.random() * 1e6) } }""",
-            steps,
+            [steps, pictures],
         )
         known = set(self.server.get("/history"))
         self("() => t.app.queuePrompt(0, 1)")
@@ -497,6 +497,59 @@ def test_every_node_of_a_stack_shows_its_maps(editor, vue):
                         a[0] < b[0] + b[2] && b[0] < a[0] + a[2] && a[1] < b[1] + b[3] && b[1] < a[1] + a[3])).length }"""
             )
             assert over == 0
+    finally:
+        editor.setting(VUE, False)
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "nodes 2.0"])
+def test_a_picture_is_explained_by_pointing(editor, vue):
+    editor.setting(VUE, vue)
+    try:
+        load(editor, "07 Even guidance, and where words look")
+        editor.run(2, pictures=2)
+        to(editor, "AttuneShowMaps")
+        chips, canvas, rows = (
+            editor.page.locator(f".attune-explain {e}") for e in (".attune-chip", "canvas", "li:not(.attune-quiet)")
+        )
+        chips.first.wait_for()
+        words = chips.all_inner_texts()
+        assert words[:2] == ["red striped star", "blue circle"] and {"grey", "wall"} <= set(words)
+        drawn = lambda: canvas.evaluate("(c) => c.toDataURL()")  # noqa: E731
+        editor.page.mouse.move(5, 500)
+        plain = drawn()
+        chips.first.hover()
+        heat = drawn()
+        chips.nth(1).hover()
+        assert len({plain, heat, drawn()}) == 3
+        box = canvas.bounding_box()
+        assert box["width"] > 150 and abs(box["width"] - box["height"]) < 2
+        told = editor("() => Object.values(t.app.nodeOutputs).find((o) => o.attune_maps).attune_maps[0]")
+        assert len(told["pictures"]) == 2 and len(json.dumps(told)) < 100_000
+        editor.page.mouse.move(box["x"] + box["width"] * 0.7, box["y"] + box["height"] * 0.4)
+        parts = [row.split("\n") if "\n" in row else row.rsplit(" ", 2) for row in rows.all_inner_texts()]
+        shares = [int(part[-1].removesuffix("%")) if part[-1] != "%" else int(part[-2]) for part in parts]
+        assert len(shares) == 5 and shares == sorted(shares, reverse=True) and 30 < sum(shares) <= 102
+        assert {part[0] for part in parts} <= set(words)
+        editor.page.get_by_role("button", name="Next picture").click()
+        editor.wait("() => document.querySelector('.attune-explain .attune-bar').textContent.includes('picture 2 of 2')")
+        editor.page.mouse.move(5, 500)
+        assert drawn() != plain
+        canvas.focus()
+        canvas.press("ArrowRight")
+        assert rows.count() == 5  # without a mouse
+        for wrong in ({**told, "size": [1e9, 1]}, {**told, "names": told["names"][1:]}, {"pictures": "x"}, 3, [told]):
+            editor(
+                """([id, wrong]) => window.comfyAPI.api.api.dispatchEvent(new CustomEvent("executed",
+                    { detail: { node: id, output: { attune_maps: [wrong] } } }))""",
+                [str(editor("() => t.find('AttuneShowMaps').id")), wrong],
+            )
+        assert chips.all_inner_texts() == words
+        # it is there again after a reload, and where a run has nothing to do
+        editor("() => t.app.extensionManager.workflow.activeWorkflow.changeTracker.checkState()")
+        editor.page.wait_for_timeout(1000)
+        editor.open()
+        chips.first.wait_for()
+        assert chips.all_inner_texts() == words
     finally:
         editor.setting(VUE, False)
 

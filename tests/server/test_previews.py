@@ -99,7 +99,7 @@ def test_a_run_shows_its_maps_and_stays_the_same(method, name, server, monkeypat
 def test_without_a_listener_nothing_is_gathered(server, monkeypatch):
     work = []
     monkeypatch.setattr(live.Feed, "add", lambda *_: work.append("add"))
-    monkeypatch.setattr(live, "_png", lambda *_: work.append("png"))
+    monkeypatch.setattr(live, "png", lambda *_: work.append("png"))
     patched = scfg.apply(families.shared("sd15"), observer=live.Preview("9"))[0]
     for gone in ({"_listeners": set()}, {"_listeners": {"someone else"}}):
         monkeypatch.setattr(live, "_listeners", gone["_listeners"])
