@@ -20,7 +20,7 @@ from .views import Around, through, view, with_blocks
 
 KEY = "attune"  # of our wrappers
 REQUESTS = "attune"  # in transformer_options
-MINIMUM = "ComfyUI 0.3.60"
+MINIMUM = "ComfyUI 0.3.75"
 
 ModelPatcher: TypeAlias = Any  # comfy.model_patcher.ModelPatcher
 

@@ -15,11 +15,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from attune.patches.hook.install import MINIMUM
 from attune.tools.runtime import RunError, cli, setup
 from attune.tools.runtime.client import rejection
 from attune.tools.runtime.pictures import grid
 from attune.tools.runtime.server import Server
-from attune.tools.runtime.setup import Runtime
+from attune.tools.runtime.setup import Runtime, comfyui_folder
 
 ROOT = setup.ROOT
 POSIX = pytest.mark.skipif(os.name == "nt", reason="signals work differently on Windows")
@@ -312,3 +313,13 @@ def test_the_grid_has_every_picture_in_its_place():
         counts = {colour: count for count, colour in half.getcolors(1 << 24)}
         for name in names:
             assert counts[Image.new("RGB", (1, 1), name).getpixel((0, 0))] == 4 * 256 * 256
+
+
+def test_the_oldest_comfyui_is_the_one_that_is_tested():
+    """The one that the set-up unpacks; the README, the registry and the sentence for older ones say the same."""
+    found = re.search(r'__version__ = "(.+)"', (comfyui_folder() / "comfyui_version.py").read_text(encoding="utf-8"))[1]
+    known = re.search(r'requires-comfyui = ">=(.+)"', (ROOT / "pyproject.toml").read_text(encoding="utf-8"))[1]
+    assert f"ComfyUI {known}" == MINIMUM
+    assert f"{MINIMUM} or newer" in (ROOT / "README.md").read_text(encoding="utf-8")
+    if "COMFYUI_PATH" not in os.environ:
+        assert found == known
