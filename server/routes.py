@@ -17,6 +17,7 @@ from urllib.parse import urlsplit
 from weakref import WeakValueDictionary
 
 from ..language.decompose import decompose, order_of
+from .help import add_pages, names
 from .layouts import UntoldError, of_config, of_file, preset
 from .previews import listen
 from .widgets import branches_told
@@ -195,3 +196,4 @@ def register() -> None:
     server = getattr(PromptServer, "instance", None)
     if server is not None:
         add_routes(server.routes)
+        add_pages(server.routes, names())

@@ -717,6 +717,15 @@ def test_names_and_help_are_there_in_chinese(editor):
         assert editor("async (path) => (await fetch(path)).status", f"{WEB}/docs/{page}") == 200
 
 
+@pytest.mark.parametrize("node", sorted(p.stem for p in (ROOT / "web" / "docs").glob("*.md")))
+def test_the_page_that_the_editor_asks_for_first_is_there(editor, node):
+    """It asks for the language's page, and only after an error in its console for the one without a language."""
+    page = "async (path) => { const answer = await fetch(path); return [answer.status, await answer.text()] }"
+    english, chinese = ((ROOT / "web" / "docs" / f).read_text(encoding="utf-8") for f in (f"{node}.md", f"{node}/zh.md"))
+    for language, text in (("en", english), ("zh", chinese), ("pt-BR", english)):
+        assert editor(page, f"{WEB}/docs/{node}/{language}.md") == [200, text]
+
+
 def test_our_sockets_have_colours(editor):
     types = [name for name in CLASSES if name.startswith("ATTUNE_")]
     found = editor(

@@ -8,7 +8,9 @@ import folder_paths
 import pytest
 from aiohttp import web
 from aiohttp.test_utils import TestClient, TestServer
+from yarl import URL
 
+from attune.server import help as help_pages
 from attune.server import routes as browser
 
 
@@ -175,3 +177,20 @@ def test_work_for_a_client_that_has_left_stops():
 
     ask_server(questions, {"/slow": ask})
     assert stopped.is_set()
+
+
+def test_help_pages_lead_nowhere_else():
+    async def job():
+        table = web.RouteTableDef()
+        help_pages.add_pages(table, ["a-pack"])
+        application = web.Application()
+        application.add_routes(table)
+        application.add_routes([web.static("/extensions/a-pack", help_pages.WEB)])  # as ComfyUI, after ours
+        async with TestClient(TestServer(application)) as client:
+            get = lambda path: client.get(URL(f"/extensions/a-pack/docs/{path}", encoded=True))  # noqa: E731
+            for path in ("AttuneFix/en.md", "AttuneFix/zh-TW.md", "AttuneFix/zh.md", "AttuneFix.md", "pictures/maps.jpg"):
+                assert (await get(path)).status == 200, path
+            for path in ("AttuneNone/en.md", "AttuneFix/..%2F..%2F..%2FREADME.md", "%2E%2E/README.md", "AttuneFix/e%00n.md"):
+                assert (await get(path)).status in (400, 403, 404), path
+
+    asyncio.run(job())

@@ -1,6 +1,7 @@
 """The words of the nodes in every language: the frontend's translations, and the help pages."""
 
 import re
+from collections import Counter
 
 import pytest
 
@@ -63,6 +64,22 @@ def test_a_help_page_has_a_picture(node, language):
     assert pictures and all(
         (DOCS / path).is_file() for path in pictures
     )  # the frontend takes them from docs, in every language
+
+
+@pytest.mark.parametrize("node", NODES)
+def test_a_help_page_says_the_same_in_every_language(node):
+    """The same parts in the same order, the same pictures, and every number of the English one (Chinese writes some words as numbers too)."""
+    marks = re.compile(r"^(#+ |\s*- |\|[^-]|!\[|```|\d+\. )", re.MULTILINE)
+    parts, numbers, pictures = {}, {}, {}
+    for language in LANGUAGES:
+        text = page(node, language).read_text(encoding="utf-8")
+        blocks = re.split(r"\n\s*\n", text.strip())
+        parts[language] = [marks.findall(block) for block in blocks]
+        numbers[language] = Counter(re.findall(r"\d+(?:\.\d+)?", text))
+        pictures[language] = re.findall(r"\]\(([^)]*)\)", text)
+    for language in LANGUAGES:
+        assert parts[language] == parts["en"] and pictures[language] == pictures["en"]
+        assert numbers["en"] <= numbers[language]
 
 
 def test_no_page_without_a_node():
