@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,9 @@ async def page(request: Any) -> Any:
 
 def names() -> list[str]:
     """What ComfyUI serves the pack's ``web`` folder as; names that are no plain part of an address are left to ComfyUI."""
-    try:
-        from nodes import EXTENSION_WEB_DIRS
-    except ImportError:
-        return []
+    known = getattr(sys.modules.get("nodes"), "EXTENSION_WEB_DIRS", {})  # of ComfyUI's module, if ComfyUI runs
     return [
-        name
-        for name, folder in EXTENSION_WEB_DIRS.items()
-        if re.fullmatch(r"[\w.-]+", name) and Path(folder).resolve() == WEB.resolve()
+        name for name, folder in known.items() if re.fullmatch(r"[\w.-]+", name) and Path(folder).resolve() == WEB.resolve()
     ]
 
 
