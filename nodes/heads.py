@@ -7,12 +7,19 @@ from comfy_api.latest import io
 from ..hunt import head_files
 from ..patches.head_presets import OWN, PRESETS, preset_heads
 from ..patches.hook.install import model_sites
-from ..patches.hook.sites import select
+from ..patches.hook.sites import Heads, Site, select
+from ..patches.softpag import default_heads
 from ..server import layouts
 from .base import AttuneNode, in_menu
+from .inputs import AUTO
 
 AttuneHeadsType = io.Custom("ATTUNE_HEADS")
 NONE = "(none yet)"
+
+
+def _written(selection: str, sites: tuple[Site, ...], family: str) -> Heads:
+    """The heads of a ``selection`` text."""
+    return default_heads(family, sites) if selection.strip() == AUTO else select(selection, sites, family)
 
 
 class AttuneHeads(AttuneNode):
@@ -28,9 +35,10 @@ class AttuneHeads(AttuneNode):
                 io.Model.Input("model", tooltip="The model whose heads you want: the selection is checked against it."),
                 io.String.Input(
                     "selection",
-                    default="middle.*.*",
+                    default=AUTO,
                     multiline=True,
-                    tooltip="Items separated by spaces, new lines or “;”. An item is site:heads, each with numbers, ranges, lists or *: "
+                    tooltip="auto: the layer that SoftPAG takes by itself on this model. Or "
+                    "items separated by spaces, new lines or “;”. An item is site:heads, each with numbers, ranges, lists or *: "
                     "“middle.0.0:0-3 output.*.*:1,5”. Without “:heads” all heads of the site are taken. Sites are input.4.0, middle.0.0, "
                     "output.3.1 (SD1.5, SDXL), joint.7 (SD3, Qwen-Image, Z-Image, Krea 2), double.7 and single.20 (FLUX), "
                     "block.7 (Wan, Anima). Paper style works too: “L8H3 L9H0-4”.",
@@ -54,7 +62,7 @@ class AttuneHeads(AttuneNode):
     def execute(cls, model, selection, preset=OWN) -> io.NodeOutput:
         family, sites = model_sites(model)
         preset = preset or OWN  # None: an optional input that nobody filled in
-        heads = select(selection, sites, family) if preset == OWN else preset_heads(preset, sites, family)
+        heads = preset_heads(preset, sites, family) if preset != OWN else _written(selection, sites, family)
         total = sum(site.heads for site in sites)
         about = "" if preset == OWN else f"{preset}, {PRESETS[preset].source}: "
         summary = f"{about}{len(heads)} of {total} heads in {len(heads.chosen)} of {len(sites)} layers: {heads.text}"

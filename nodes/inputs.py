@@ -10,6 +10,8 @@ from ..patches.hook.install import model_sites
 from ..patches.hook.sites import Heads, select
 from ..patches.softpag import AUTOMATIC
 
+AUTO = "auto"  # of a selection of heads: the node's own
+
 
 def steered_model() -> io.Model.Input:
     """The MODEL of a node that acts on attention."""
@@ -51,7 +53,7 @@ def advanced_choice(name: str, options: tuple[str, ...], default: str, tooltip: 
 
 def selected(model: Any, layers: str) -> Heads | None:
     """The heads of a ``layers`` text; None for ``auto``."""
-    if layers.strip() in ("", "auto"):
+    if layers.strip() in ("", AUTO):
         return None
     family, sites = model_sites(model)
     return select(layers, sites, family)

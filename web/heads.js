@@ -1,12 +1,14 @@
 // The head picker of Select Heads: layers × heads, two-way with the text of `selection`, which stays the truth.
 
-import { app, api, ask, attach, colour, isLinked, low, make, origin, saved, told, widgetOf, write } from "./shared.js"
+import { app, api, ask, attach, colour, isLinked, low, make, origin, saved, told, wholeRows, widgetOf, write } from "./shared.js"
 import { read, text } from "./selection.js"
 
 const NODE = "AttuneHeads"
 const PRESETS = { sd15: "SD1.5", sdxl: "SDXL", sd3: "SD3 medium", flux: "FLUX.1", flux2: "FLUX.2 dev", flux2_klein: "FLUX.2 klein 4B", qwen_image: "Qwen-Image", z_image: "Z-Image", krea2: "Krea 2", chroma: "Chroma", lumina2: "Lumina 2", anima: "Anima", cosmos_predict2: "Cosmos Predict 2", wan: "Wan 14B", demo: "Demo model" }
 const LOADERS = { ckpt_name: "checkpoints", unet_name: "diffusion_models" }
+const AUTO = "auto" // written: the layer that SoftPAG takes by itself, whatever the model
 const OWN = "selection" // not a preset: what is written
+const TALL = 250 // pixels of the grid in Nodes 2.0, at most
 const LABELS = 58
 const HEADER = 13
 const known = new Map() // what is asked of the server, to its promise
@@ -78,7 +80,7 @@ class Picker {
       button("none", "Choose no head", () => this.apply(() => 0, true)),
       button("invert", "Swap chosen and other heads", () => this.apply((i, n) => 1 - this.chosen[i][n]))
     )
-    this.preset = button("default", "The layer that SoftPAG takes by itself", () => this.applyText(this.layout.default))
+    this.preset = button("default", "The layer that SoftPAG takes by itself", () => this.choose(AUTO))
     this.colours = make("button", {
       type: "button",
       textContent: "colours",
@@ -109,7 +111,8 @@ class Picker {
       this.speech
     )
     this.listen()
-    new ResizeObserver(() => this.draw()).observe(this.grid)
+    const sizes = new ResizeObserver(() => this.draw())
+    for (const element of [this.grid, this.root]) sizes.observe(element)
     low(node, "selection")
     attach(node, "picker", this.root, { height: 210, tick: () => this.tick() })
     const callback = widgetOf(node, "selection")?.callback
@@ -135,7 +138,7 @@ class Picker {
       this.key = key
       this.find(question, key)
     }
-    if (this.value() !== this.seen || this.named !== this.seenName) this.refresh()
+    if (this.value() !== this.seen || this.named !== this.seenName || this.automatic !== this.seenAuto) this.refresh()
   }
 
   async find(question, key) {
@@ -199,6 +202,8 @@ class Picker {
       )
     )
     this.refresh()
+    const first = this.chosen.findIndex((row) => row.some(Boolean))
+    if (first >= 0 && this.m.rows[first] + this.m.high > this.grid.clientHeight) this.grid.scrollTop = this.m.rows[first] - HEADER
   }
 
   // --- the text, and what is chosen ---
@@ -211,7 +216,12 @@ class Picker {
 
   value() {
     if (this.named) return this.layout?.presets?.[this.named] ?? ""
-    return widgetOf(this.node, "selection")?.value ?? ""
+    const written = widgetOf(this.node, "selection")?.value ?? ""
+    return this.automatic ? (this.layout?.default ?? "") : written
+  }
+
+  get automatic() {
+    return !this.named && widgetOf(this.node, "selection")?.value?.trim() === AUTO
   }
 
   get fixed() {
@@ -221,6 +231,7 @@ class Picker {
   refresh() {
     this.seen = this.value()
     this.seenName = this.named
+    this.seenAuto = this.automatic
     const { chosen, bad } = read(this.seen, this.layers ?? [])
     this.chosen = chosen
     this.bad = this.layout ? bad : []
@@ -246,11 +257,10 @@ class Picker {
     this.commit()
   }
 
-  applyText(selection) {
+  choose(selection) {
     if (this.fixed || !this.layout) return
-    this.chosen = read(selection, this.layers).chosen
-    this.bad = []
-    this.commit()
+    write(this.node, "selection", selection)
+    this.refresh()
   }
 
   say() {
@@ -261,7 +271,7 @@ class Picker {
       ? `${count} head${count === 1 ? "" : "s"} of the preset ${this.named}; set preset to ${OWN} to choose others`
       : this.fixed
         ? "The selection comes from a connected text."
-        : `${count} of ${total} heads in ${this.layers?.length ?? 0} layers`
+        : `${this.automatic ? "auto: " : ""}${count} of ${total} heads in ${this.layers?.length ?? 0} layers`
     if (scored) line += `, colours: ${scored.title}`
     if (this.hover && this.layout) {
       const [i, n] = this.hover
@@ -320,6 +330,7 @@ class Picker {
     this.canvas.height = Math.round(m.height * ratio)
     this.canvas.style.width = `${m.width}px`
     this.canvas.style.height = `${m.height}px`
+    wholeRows(this.root, this.grid, [...m.rows.slice(0, -1).map((y) => y + m.high), m.height], TALL)
     this.canvas.dataset.geometry = JSON.stringify({ ...m, left: LABELS }) // where everything is
     const c = this.canvas.getContext("2d")
     c.scale(ratio, ratio)

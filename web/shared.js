@@ -122,6 +122,16 @@ export function attach(node, name, element, { height, tick, remove }) {
   return widget
 }
 
+/** Let a box that scrolls end after a whole row, in the room that `root` has for it: `ends` of its rows, from its own top, in pixels.
+ *  In Nodes 2.0, where nodes grow with what is in them, the room is `most`. */
+export function wholeRows(root, box, ends, most) {
+  const others = [...root.children].filter((child) => child !== box && child.offsetHeight > 1)
+  const left = root.clientHeight - 8 - others.reduce((sum, child) => sum + child.offsetHeight + 6, 0)
+  const room = root.closest(".lg-node") ? most : left
+  const fits = ends.filter((end) => end <= room)
+  box.style.maxHeight = fits.length && fits.length < ends.length ? `${fits.at(-1)}px` : ""
+}
+
 /** Keep a node's text boxes low, so that what is added gets the room. */
 export function low(node, ...names) {
   for (const name of names) {

@@ -1,9 +1,10 @@
 // The word chips of Prompt Words: the prompt's words, for every text encoder once a run has told its tokens. A click chooses one; with Ctrl and
 // the arrow keys up and down it weighs more or less, in Word Weights where that takes these words, else in the prompt, as (word:1.1).
 
-import { app, attach, isLinked, low, make, origin, targets, textOf, told, widgetOf, write } from "./shared.js"
+import { app, attach, isLinked, low, make, origin, targets, textOf, told, wholeRows, widgetOf, write } from "./shared.js"
 
 const NODE = "AttuneWords"
+const TALL = 250 // pixels of the chips in Nodes 2.0, at most
 const WEIGHTS = "AttuneWordWeights"
 const [LEAST, MOST] = [-2, 5]
 const NAMES = { l: "CLIP-L", g: "CLIP-G", h: "CLIP-H", t5xxl: "T5" }
@@ -62,6 +63,7 @@ class Chips {
     this.root = make("div", { className: "attune attune-words" }, this.rows, this.status)
     low(node, "text")
     attach(node, "chips", this.root, { height: 76, tick: () => this.tick() })
+    new ResizeObserver(() => this.fit()).observe(this.root)
     this.tick()
   }
 
@@ -169,6 +171,12 @@ class Chips {
     const missing = chosen.find((phrase, p) => !owner.includes(p) && this.words.length && !chosen.some((other, q) => q !== p && split(other).map(key).join(" ").includes(split(phrase).map(key).join(" "))))
     this.status.textContent = missing ? `“${missing}” is not in the prompt.` : line
     this.status.className = `attune-status${missing ? " attune-error" : ""}`
+    this.fit()
+  }
+
+  fit() {
+    const ends = this.buttons.map((button) => button.offsetTop + button.offsetHeight - this.rows.offsetTop + 2)
+    wholeRows(this.root, this.rows, [...new Set(ends)].sort((a, b) => a - b), TALL)
   }
 
   /** Whether the word at `i` goes on a phrase that the word before it is in. */

@@ -155,7 +155,7 @@ def select(selection: str, model_sites: tuple[Site, ...], model_family: str) -> 
                 )
             wanted.setdefault(site.name, set()).update(numbers)
     if not wanted:
-        raise ValueError("the head selection is empty: write for example “middle.*.*” or “L8H3 L9H0-4”")
+        raise ValueError("the head selection is empty: write for example “middle.*.*”, “joint.9” or “L8H3 L9H0-4”")
     order = {site.name: site.layer for site in model_sites}
     return Heads(model_family, tuple((name, tuple(sorted(wanted[name]))) for name in sorted(wanted, key=order.__getitem__)))
 

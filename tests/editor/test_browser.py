@@ -175,7 +175,7 @@ def pressed(editor):
 
 def test_heads_are_picked_with_the_mouse(editor):
     heads(editor)
-    assert selection(editor) == "middle.*.*" and pressed(editor) == "4"
+    assert selection(editor) == "auto" and pressed(editor) == "auto:"
     drag(editor, cell(editor, 0, 1))
     assert selection(editor) == "input.1.0:1 middle.*.*"
     drag(editor, cell(editor, 0, 1), cell(editor, 2, 1))  # starts on a chosen one: takes away
@@ -192,7 +192,7 @@ def test_heads_are_picked_with_the_mouse(editor):
         ("all", "input.*.* middle.*.* output.*.*"),
         ("middle", "input.*.* output.*.*"),
         ("invert", "middle.*.*"),
-        ("default", "middle.*.*"),
+        ("default", "auto"),
     ]:
         editor.page.locator(".attune-heads").get_by_role("button", name=name, exact=True).click()
         assert selection(editor) == text
@@ -276,7 +276,12 @@ def test_1368_heads_without_a_model(editor):
     editor.wait("() => document.querySelector('.attune-heads .attune-status').textContent.startsWith('Connect a model')")
     editor.page.locator(".attune-heads select").select_option("flux")
     editor.wait("() => JSON.parse(document.querySelector('.attune-heads canvas').dataset.geometry ?? '{}').rows?.length === 57")
-    assert "no site is called “middle.*.*”" in editor.page.locator(".attune-heads .attune-status").inner_text()
+    status = editor.page.locator(".attune-heads .attune-status")
+    assert status.inner_text() == "auto: 24 of 1368 heads in 57 layers"  # the layer at the depth of SD3's
+    editor("() => t.set('AttuneHeads', 'selection', 'middle.*.*')")
+    editor.wait(
+        "() => document.querySelector('.attune-heads .attune-status').textContent.includes('no site is called “middle.*.*”')"
+    )
     editor.page.get_by_role("button", name="all", exact=True).click()
     assert selection(editor) == "double.* single.*" and pressed(editor) == "1368"
     drawn = editor(
@@ -287,6 +292,36 @@ def test_1368_heads_without_a_model(editor):
             requestAnimationFrame(() => requestAnimationFrame(() => { p.fill = fill; done(count) })) })"""
     )
     assert drawn <= 1368  # once a move, however many heads
+
+
+@pytest.mark.parametrize("vue", [False, True], ids=["classic", "nodes 2.0"])
+def test_no_row_is_cut_in_half(editor, vue):
+    editor.setting(VUE, vue)
+    try:
+        heads(editor, model=False)
+        editor("(text) => t.add('AttuneWords', [-160, 0], { text })", " ".join([PROMPT] * 6))
+        editor.page.locator(".attune-heads select").select_option("flux")
+        editor.wait(
+            "() => JSON.parse(document.querySelector('.attune-heads canvas').dataset.geometry ?? '{}').rows?.length === 57"
+        )
+        editor.wait("() => document.querySelectorAll('.attune-words .attune-chip').length > 40")
+        editor.page.wait_for_timeout(500)
+        high, total, ends = editor(
+            """() => { const grid = document.querySelector(".attune-heads .attune-grid"), m = JSON.parse(grid.firstChild.dataset.geometry)
+                return [grid.clientHeight, m.height, m.rows.map((y) => y + m.high)] }"""
+        )
+        assert 60 < high < total and min(abs(high - end) for end in ends) <= 1
+        assert (
+            editor("() => document.querySelector('.attune-heads .attune-grid').scrollTop") > 0
+        )  # to the heads that are chosen
+        cut = editor(
+            """() => { const rows = document.querySelector(".attune-words .attune-scroll"), end = rows.offsetTop + rows.clientHeight
+                const all = [...rows.querySelectorAll("button")]
+                return all.filter((b) => b.offsetTop < end && b.offsetTop + b.offsetHeight > end + 1).length }"""
+        )
+        assert cut == 0
+    finally:
+        editor.setting(VUE, False)
 
 
 def test_a_preset_of_the_papers_heads_is_shown_and_not_written(editor):
@@ -301,10 +336,10 @@ def test_a_preset_of_the_papers_heads_is_shown_and_not_written(editor):
     ):
         editor("(name) => { t.app.graph.nodes[0].widgets.find((w) => w.name === 'preset').value = name }", name)
         editor.wait("(words) => document.querySelector('.attune-heads .attune-status').textContent === words", words)
-        assert none.is_disabled() and selection(editor) == "middle.*.*"
+        assert none.is_disabled() and selection(editor) == "auto"
     editor("() => { t.app.graph.nodes[0].widgets.find((w) => w.name === 'preset').value = 'selection' }")
     editor.wait("() => !document.querySelector('.attune-heads .attune-status').textContent.includes('preset')")
-    assert none.is_enabled() and "middle" in status.inner_text()
+    assert none.is_enabled() and status.inner_text().startswith("auto: ")
 
 
 def test_scores_colour_the_heads(editor):

@@ -8,8 +8,10 @@ import torch
 from comfy.ldm.flux.model import FluxParams
 from safetensors.torch import save_file
 
+from attune.nodes.heads import AttuneHeads
 from attune.patches.hook.install import model_sites
 from attune.patches.hook.sites import select
+from attune.patches.softpag import default_heads
 from attune.server import layouts
 from attune.server import routes as browser
 from attune.tests import families
@@ -117,3 +119,15 @@ def test_select_heads_tells_the_picker():
 def test_scores_for_the_pickers_colours():
     told = layouts.scores({"double.0": torch.tensor([0.5, 1.0])}, "round 1")
     assert told == {"attune_scores": [{"title": "round 1", "sites": {"double.0": [0.5, 1.0]}}]}
+
+
+@pytest.mark.parametrize("name", [*families.NAMES, *families.MORE])
+def test_select_heads_default_is_on_every_model(name):
+    model = families.shared(name)
+    family, sites = model_sites(model)
+    (default,) = (entry.default for entry in AttuneHeads.define_schema().inputs if entry.id == "selection")
+    heads, summary = AttuneHeads.execute(model, default).args
+    assert heads == default_heads(family, sites) and heads.text in summary
+    assert {name: len(heads) for name, heads in heads.chosen} == {
+        s.name: s.heads for s in sites if s.name in dict(heads.chosen)
+    }

@@ -90,6 +90,7 @@ TEXTS: dict[str, tuple[str, ...]] = {
     ),
     "objective": ("crisp patterns", "", "one\ntwo", " \n "),
     "selection": (
+        "auto",
         "middle.*.*",
         "*.*.*:0",
         "L0H0-1 L1",
