@@ -54,7 +54,8 @@ class AttuneDetailSampler(AttuneNode):
                 "Words", "Detail++", "binding", "colour", "color", "attribute leak", "colours mixed up", "regional", "KSampler"
             ),
             description="A KSampler that draws all branches of a prompt at once on one layout, and puts each branch's details only where their "
-            "subject is. For prompts whose colours, patterns or styles end up on the wrong thing. For SD1.5, SD2 and SDXL.",
+            "subject is. For prompts whose colours, patterns or styles end up on the wrong thing. For SD1.5, SD2, SDXL, Wan and Cosmos "
+            "Predict 2.",
             inputs=[
                 io.Model.Input("model", tooltip="The model to sample. LoRAs, guidance and other patches on it stay."),
                 io.Conditioning.Input(

@@ -95,8 +95,9 @@ NODES: Mapping[str, Node] = {
     "Detail++": Node(
         ("unet",),
         joint="there is no self-attention apart from the text's, whose map the branches could share",
-        separate="its branches are only known to share the maps of a UNet",
-        only=("unet",),
+        separate="its text is adapted inside the model, one prompt at a time",
+        only=("unet", "wan", "cosmos_predict2"),
+        about="beyond UNets, by three layers around the middle, and every layer's layout is shared; pictures, not films",
     ),
 }
 

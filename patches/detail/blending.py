@@ -105,7 +105,7 @@ def with_branches(own: Any, name: str, session: Session, guider: Guider) -> comf
             rows = model.noise[: session.pictures]
             generator = torch.manual_seed(41 if seed is None else seed + 1)
             drawn = torch.randn(rows.shape, generator=generator, device="cpu").to(rows)
-            model.noise = drawn.repeat(session.total, 1, 1, 1)
+            model.noise = drawn.repeat(session.total, *[1] * (drawn.ndim - 1))
         blending = Blending(model, session, guider, evaluations(name, sigmas))
         shown: Callable[[dict[str, Any]], None] | None = kwargs.pop("callback", None)
 

@@ -22,6 +22,7 @@ from ..hook.call import AttentionCall
 from ..hook.families import family_of
 from ..hook.install import REQUESTS
 from ..hook.run import ExtraForward, with_extra_forward
+from ..hook.sites import Site
 from ..hook.tensors import index_or_slice
 from ..hook.views import view, with_blocks
 from .branches import rows_of
@@ -75,8 +76,11 @@ def _outside_inference(t: Tensor) -> Tensor:
     return t.detach() if isinstance(t, nn.Parameter) else t  # weights are not what is optimised
 
 
-def checkpointed(diffusion_model: nn.Module, until: tuple[str, int]) -> Any:
-    """A view of a UNet whose layers before a block keep their input only and are computed again when gradients come back."""
+def checkpointed(diffusion_model: nn.Module, read_at: Sequence[Site]) -> Any:
+    """A view of a model whose layers before the last of ``read_at`` keep their input only and are computed again when gradients come back.
+
+    Of a transformer those blocks that are read keep everything: what is around a block is not computed again with it.
+    """
     family = family_of(getattr(diffusion_model, "_orig_mod", diffusion_model))  # not compiled
     order = family.blocks()
 
@@ -84,7 +88,15 @@ def checkpointed(diffusion_model: nn.Module, until: tuple[str, int]) -> Any:
         saves = isinstance(layer, (ResBlock, SpatialTransformer))
         return view(layer, {"forward": _checkpointed(layer.forward)}) if saves else layer
 
-    blocks = {block: nn.ModuleList([seen(layer) for layer in family.block(block)]) for block in order[: order.index(until)]}
+    before = {block: family.block(block) for block in order[: order.index(read_at[-1].block)]}
+    read = {site.block for site in read_at}
+    blocks = {
+        block: nn.ModuleList([seen(layer) for layer in module])
+        if isinstance(module, nn.Sequential)  # of a UNet
+        else view(module, {"forward": _checkpointed(module.forward)})
+        for block, module in before.items()
+        if isinstance(module, nn.Sequential) or block not in read
+    }
     return with_blocks(family.model, family.attributes, blocks)
 
 
@@ -158,7 +170,7 @@ def gradient(
             seen = _under_noise_mask(
                 guider.inner_model, model, z, sigma[rows].clone(), rows, {**kwargs, "model_options": options}
             )
-            network = checkpointed(guider.inner_model.diffusion_model, session.read_at[-1].block)
+            network = checkpointed(guider.inner_model.diffusion_model, session.read_at)
             with contextlib.suppress(_EnoughError):
                 shown = view(guider.inner_model, {"diffusion_model": network})
                 comfy.samplers.calc_cond_batch(shown, [[cond]], seen, sigma[rows].clone(), options)
@@ -174,7 +186,7 @@ def gradient(
         # Layers that are computed again hold the options, these the reader, and that the maps, whose graph holds the layers.
         reading.total = None
     finite = by_z.flatten(1).isfinite().all(dim=1) & losses.isfinite()
-    by_z = torch.where(finite[:, None, None, None], by_z / lift, torch.zeros_like(by_z))
+    by_z = torch.where(finite.reshape(-1, *[1] * (by_z.ndim - 1)), by_z / lift, torch.zeros_like(by_z))
     return torch.where(finite, losses.detach(), torch.zeros_like(losses)), by_z
 
 

@@ -21,20 +21,28 @@ from .guider import Guider
 from .session import Session, Settings, mask_sites, share_sites
 
 SUPPORTED = tuple(name for name, sampler in SAMPLERS.items() if sampler.linear and name in comfy.samplers.KSampler.SAMPLERS)
-PIXELS = 8  # per latent pixel, in every UNet
+PIXELS = 8  # per latent pixel
+FAMILIES = ("unet", "wan", "cosmos_predict2")  # the image attends to itself apart from the text
 
 
-def check(sampler_name: str, settings: Settings, family: str = "unet") -> None:
+def check(sampler_name: str, settings: Settings, family: str = "unet", frames: int = 1) -> None:
     """Refuse what cannot be done.
 
     Raises:
         ValueError: with what can.
     """
-    if family != "unet":
+    if family == "anima":
         raise ValueError(
-            "Detail++ Sampler works with SD1.5, SD2 and SDXL. SD3 and FLUX have no self-attention apart from the text's, whose map "
-            "the branches could share; use one of those models."
+            "Detail++ Sampler does not work with Anima, whose text is adapted inside the model, one prompt at a time. It works with SD1.5, SD2, "
+            "SDXL, Wan and Cosmos Predict 2."
         )
+    if family not in FAMILIES:
+        raise ValueError(
+            "Detail++ Sampler works with SD1.5, SD2, SDXL, Wan and Cosmos Predict 2. SD3, FLUX and the like have no self-attention apart from "
+            "the text's, whose map the branches could share; use one of those models."
+        )
+    if frames > 1:
+        raise ValueError(f"Detail++ Sampler makes pictures, and this latent has {frames} frames; make one of them.")
     because = "keeps a history of its own from step to step, which branches cannot share"
     needs(sampler_name, "Detail++ Sampler", among=SUPPORTED, because=because)
     settings.check()
@@ -72,8 +80,9 @@ def sample(
     """
     settings = settings or Settings()
     family, sites = model_sites(model)
-    check(sampler_name, settings, family)
-    read_at = mask_sites(sites)
+    frames = latent["samples"].shape[2] if latent["samples"].ndim == 5 else 1
+    check(sampler_name, settings, family, frames)
+    read_at = mask_sites(sites, family)
     sets = sets_of_branches(positive)
     count = len(sets[0])
     image = comfy.sample.fix_empty_latent_channels(model, latent["samples"])
@@ -128,7 +137,7 @@ def sample(
         mask = tiled(mask.reshape(-1, 1, *mask.shape[-2:]), pictures, count)
     sampler = with_branches(comfy.samplers.sampler_object(sampler_name), sampler_name, session, guider)
     out = guider.sample(
-        noise.repeat(count, 1, 1, 1), image.repeat(count, 1, 1, 1), sampler, sigmas, mask, shown, disable_pbar, seed
+        *(t.repeat(count, *[1] * (t.ndim - 1)) for t in (noise, image)), sampler, sigmas, mask, shown, disable_pbar, seed
     )
     masks = torch.ones(count - 1, pictures, 1, *size, dtype=torch.bool) if session.masks is None else session.masks
     subjects = [i for i in range(1, count) if any(p.subjects[i] for p in session.prompts.values())]

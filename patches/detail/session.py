@@ -21,6 +21,7 @@ from ...methods.scfg import layer_maps
 from ..hook.call import AttentionCall
 from ..hook.requests import COND, MapSource, ReadWeights, Request, ShareMap
 from ..hook.sites import Site
+from ..maps.layers import auto_sites
 from ..observer import NOBODY, Observer
 from .branches import BASE, BEFORE, OWN, Columns, ReadPlan, own_name
 
@@ -73,8 +74,10 @@ class Settings:
                 raise ValueError(f"Detail++ Sampler: {name} must be one of {', '.join(choices)}, not “{value}”.")
 
 
-def mask_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
+def mask_sites(sites: Sequence[Site], family: str = "unet") -> tuple[Site, ...]:
     """The sites whose maps say where subjects are: a quarter of the latent's size; elsewhere the coarsest size but one.
+
+    Beyond UNets every site has the same size: three around the middle, as the other methods take there.
 
     Raises:
         ValueError: for a model without attention to text.
@@ -82,6 +85,8 @@ def mask_sites(sites: Sequence[Site]) -> tuple[Site, ...]:
     with_text = [s for s in sites if "cross" in s.kinds]
     if not with_text:
         raise ValueError("Detail++ Sampler: this model has no attention to text; connect a text-to-image model.")
+    if family != "unet":
+        return auto_sites(tuple(with_text), family)
     strides = sorted({s.stride for s in with_text})
     stride = STRIDE if STRIDE in strides else strides[-2:][0]
     return tuple(s for s in with_text if s.stride == stride)
@@ -286,4 +291,5 @@ class Session:
     def blend(self, t: Tensor) -> Tensor:
         """The accumulation (equation 4) on a tensor of all rows."""
         assert self.masks is not None
-        return accumulate(t.unflatten(0, (self.total, self.pictures)), self.masks).flatten(0, 1)
+        masks = self.masks.unsqueeze(3) if t.ndim == 5 else self.masks  # a picture may be a film of one frame
+        return accumulate(t.unflatten(0, (self.total, self.pictures)), masks).flatten(0, 1)

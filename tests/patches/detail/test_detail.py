@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from typing import Any
 
@@ -24,10 +25,11 @@ from attune.patches.detail.branches import BRANCH, EncodedBranch, SubjectColumns
 from attune.patches.detail.encode import encode
 from attune.patches.detail.session import MASKS_FROM, Settings
 from attune.patches.hook.install import REQUESTS, model_sites
+from attune.patches.maps.layers import auto_sites
 from attune.server import previews as live
 from attune.tests import families
 from attune.tests.helpers import close, differs
-from attune.tests.methods.test_detail import slow_binary, slow_blend
+from attune.tests.methods.test_detail import slow_bilinear, slow_binary, slow_blend
 
 CFG, SEED = 3.0, 5
 
@@ -86,6 +88,7 @@ class Slow:
     def __init__(self, model, read, share):
         self.model, self.read, self.share = model.model, read, share
         self.calls = [(s.name, kind) for s in model_sites(model)[1] for kind in s.kinds]
+        self.stride = {s.name: s.stride for s in model_sites(model)[1]}
 
     def __call__(self, x, sigma, context, given=None):
         """Prediction, its self-attention maps and its cross-attention maps with heads averaged; ``given``: maps to use."""
@@ -93,13 +96,15 @@ class Slow:
 
         def override(func, q, k, v, heads, *rest, **kwargs):
             name, kind = next(seen)
-            q, k, v = (t.double().reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
+            q, k, v = (t.double() for t in (q, k, v))
+            if not kwargs.get("skip_reshape"):
+                q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
             weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
             if kind == "self" and name in self.share:
                 own[name] = weights
                 weights = given[name] if given is not None else weights
             if kind == "cross" and name in self.read:
-                cross[name] = weights.mean(1)[0].numpy(), kwargs["transformer_options"]["activations_shape"][-2:]
+                cross[name] = weights.mean(1)[0].numpy(), [-(-n // self.stride[name]) for n in x.shape[-2:]]
             return (weights @ v).transpose(1, 2).flatten(2).float()
 
         options = {"optimized_attention_override": override}
@@ -147,8 +152,13 @@ def reference(
     where="branch before",
 ):
     """Latents of all branches, branch by branch, and the last masks of each picture."""
-    sites = model_sites(model)[1]
-    slow = Slow(model, {s.name for s in sites if s.stride == 1}, {s.name for s in sites})
+    family, sites = model_sites(model)
+    flat = family == "unet"
+    slow = Slow(
+        model,
+        {s.name for s in (sites if flat else auto_sites(sites, family)) if not flat or s.stride == 1},
+        {s.name for s in sites},
+    )
     if max_tokens is not None:
         slow.share = {s.name for s in sites if math.prod(-(-n // s.stride) for n in size) <= max_tokens}
     sigmas = comfy.samplers.KSampler(model, steps, "cpu", sampler, "normal").sigmas
@@ -166,7 +176,8 @@ def reference(
 
     contexts, marks = [e[0] for e in positive], [e[1][BRANCH] for e in positive]
     negative = families.text(2)[0][0]
-    z = torch.stack([first * (1 + sigmas[0] ** 2) ** 0.5] * len(positive))  # [n + 1, B, c, H, W]
+    start = (1 + sigmas[0] ** 2) ** 0.5 if flat else sigmas[0]
+    z = torch.stack([first * start] * len(positive))  # [n + 1, B, c, (1,) H, W]
     history, sums, masks = [], {}, {}
     for i in range(steps):
         shared = i < int(share_until * steps + 0.5)
@@ -190,7 +201,7 @@ def reference(
                     for m, grid in crosses[looked_at].values():
                         part = m[:, list(columns)].mean(1).reshape(tuple(grid))
                         sums[b, j, s] = sums.get((b, j, s), 0) + part
-                    found.append(slow_binary(sums[b, j, s], threshold))
+                    found.append(slow_binary(slow_bilinear(sums[b, j, s], *size), threshold))
                 masks[b, j] = np.logical_or.reduce(found) if found else None
         cached = {}
 
@@ -215,18 +226,20 @@ def reference(
 
 @torch.no_grad()
 @pytest.mark.parametrize(
-    ("sampler", "size", "batch", "lengths", "more"),
+    ("name", "sampler", "size", "batch", "lengths", "more"),
     [
-        ("euler", (8, 12), 2, (7, 7, 7, 7), {}),
-        ("euler", (6, 10), 1, (7, 5, 35, 7), {"share_max_tokens": 15}),
-        ("euler_ancestral", (8, 8), 2, (7, 7, 14), {}),
-        ("dpmpp_2m", (8, 8), 1, (7, 7, 7, 7), {}),
-        ("dpmpp_2m_sde", (8, 8), 1, (7, 7, 7), {"share_until": 1.0}),
-        ("dpmpp_2m", (6, 8), 2, (7, 5, 35, 7), {"share_until": 0.4, "finish": "whole prompt"}),
+        ("wan", "euler", (8, 12), 2, (7, 7, 7, 7), {}),
+        ("cosmos_predict2", "dpmpp_2m", (8, 8), 1, (7, 7, 14), {"share_until": 0.6}),
+        ("sd15", "euler", (8, 12), 2, (7, 7, 7, 7), {}),
+        ("sd15", "euler", (6, 10), 1, (7, 5, 35, 7), {"share_max_tokens": 15}),
+        ("sd15", "euler_ancestral", (8, 8), 2, (7, 7, 14), {}),
+        ("sd15", "dpmpp_2m", (8, 8), 1, (7, 7, 7, 7), {}),
+        ("sd15", "dpmpp_2m_sde", (8, 8), 1, (7, 7, 7), {"share_until": 1.0}),
+        ("sd15", "dpmpp_2m", (6, 8), 2, (7, 5, 35, 7), {"share_until": 0.4, "finish": "whole prompt"}),
     ],
 )
-def test_equals_one_branch_at_a_time(sampler, size, batch, lengths, more):
-    model = families.shared("sd15")
+def test_equals_one_branch_at_a_time(name, sampler, size, batch, lengths, more):
+    model = families.shared(name)
     positive = branches(lengths)
     right, masks = reference(
         model,
@@ -284,8 +297,14 @@ def test_one_branch_is_ksampler_to_the_bit(sampler):
     assert masks.shape == (2, 64, 96) and masks.all()
 
 
-@pytest.mark.parametrize("name", ["sd15", "sdxl"])
-@pytest.mark.parametrize("sampler", ["euler", "dpmpp_sde", "euler_ancestral"])
+@pytest.mark.parametrize(
+    ("name", "sampler"),
+    [
+        *itertools.product(("sd15", "sdxl"), ("euler", "dpmpp_sde", "euler_ancestral")),
+        ("wan", "euler"),
+        ("cosmos_predict2", "euler"),
+    ],
+)
 def test_without_sharing_branches_are_independent_pictures(name, sampler):
     model = families.shared(name)
     positive = branches((7, 7, 7))
@@ -400,9 +419,12 @@ def test_bad_input_is_refused_before_sampling():
     ):
         with pytest.raises(ValueError, match=words):
             run(model, positive)
-    for name in ("sd3", "flux"):
+    for name in ("sd3", "flux", "z_image"):
         with pytest.raises(ValueError, match="SDXL"):
             run(families.shared(name), branches())
+    film = {"samples": families.latent(families.shared("wan"), frames=3)}
+    with pytest.raises(ValueError, match="this latent has 3 frames"):
+        run(families.shared("wan"), branches(), latent=film)
     with pytest.raises(ValueError, match="entropy"):
         run(model, branches(), optimize="hard")
     with pytest.raises(ValueError, match="whole prompt"):
@@ -628,7 +650,7 @@ def test_a_layers_own_forward_stays():
     own = layer.forward
     layer.forward = lambda *args, **kwargs: (ran.append(torch.is_grad_enabled()), own(*args, **kwargs))[1]
     put = layer.forward
-    seen = gradient.checkpointed(unet, ("middle_block", 0))
+    seen = gradient.checkpointed(unet, [s for s in model_sites(model)[1] if s.block == ("middle_block", 0)])
     assert seen.input_blocks[1][1].forward is not put and layer.forward is put and seen.middle_block is unet.middle_block
     assert seen.input_blocks[1][1].transformer_blocks is layer.transformer_blocks and type(seen).__name__ == type(unet).__name__
     run(model, branches(), optimize="entropy", steps=2, size=(4, 4))

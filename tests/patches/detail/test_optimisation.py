@@ -17,6 +17,7 @@ from attune.patches.detail.branches import BRANCH
 from attune.patches.detail.encode import encode
 from attune.patches.detail.session import OPTIMIZE
 from attune.patches.hook.install import model_sites
+from attune.patches.maps.layers import auto_sites
 from attune.tests import families
 from attune.tests.helpers import close, differs
 from attune.tests.patches.detail.test_detail import branches, run
@@ -24,16 +25,18 @@ from attune.tests.patches.detail.test_detail import branches, run
 
 def losses(model, x, sigma, context, columns, align, content=range(1, 6)):
     """The loss of each picture, by the whole model with softmax written out."""
-    sites = model_sites(model)[1]
+    family, sites = model_sites(model)
+    read = {s.name for s in (sites if family == "unet" else auto_sites(sites, family)) if family != "unet" or s.stride == 1}
     calls = [(s.name, kind) for s in sites for kind in s.kinds]
     seen, maps = iter(calls), []
 
     def override(func, q, k, v, heads, *rest, **kwargs):
         name, kind = next(seen)
-        q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
+        if not kwargs.get("skip_reshape"):
+            q, k, v = (t.reshape(*t.shape[:2], heads, -1).transpose(1, 2) for t in (q, k, v))
         weights = (q @ k.transpose(-1, -2) / q.shape[-1] ** 0.5).softmax(-1)
-        if kind == "cross" and next(s for s in sites if s.name == name).stride == 1:
-            grid = tuple(kwargs["transformer_options"]["activations_shape"][-2:])
+        if kind == "cross" and name in read:
+            grid = [-(-n // next(s for s in sites if s.name == name).stride) for n in x.shape[-2:]]
             maps.append(weights.mean(1)[..., list(content)].unflatten(1, grid))
         return (weights @ v).transpose(1, 2).flatten(2)
 
@@ -43,9 +46,11 @@ def losses(model, x, sigma, context, columns, align, content=range(1, 6)):
     return maths.objective(maths.subject_maps(torch.stack(maps).mean(0), places), align)
 
 
-@pytest.mark.parametrize("optimize", OPTIMIZE[1:])
-def test_the_gradient_is_that_of_the_whole_model(optimize, monkeypatch):
-    model, found = families.shared("sd15"), []
+@pytest.mark.parametrize(
+    ("name", "optimize"), [*(("sd15", o) for o in OPTIMIZE[1:]), ("wan", OPTIMIZE[2]), ("cosmos_predict2", OPTIMIZE[1])]
+)
+def test_the_gradient_is_that_of_the_whole_model(name, optimize, monkeypatch):
+    model, found = families.shared(name), []
     whole = blending.gradient
     monkeypatch.setattr(blending, "gradient", lambda *a: (found.append((a[3][:2].clone(), a[4][:2], g := whole(*a))), g)[1])
     monkeypatch.setattr(maths, "UPDATES", (1, 1))
