@@ -83,7 +83,7 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple
         return None
     if q.device.type == "cpu":
         kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention_for_cpu", None)
-    elif q.device.type == "cuda" and q.dtype in (torch.float16, torch.bfloat16) and q.shape[-1] in (64, 128):
+    elif _flash(q):
         kernel = getattr(torch.ops.aten, "_scaled_dot_product_flash_attention", None)
     else:
         kernel = None
@@ -94,6 +94,16 @@ def attend(q: Tensor, k: Tensor, v: Tensor, scale: float | None = None) -> tuple
     except (NotImplementedError, RuntimeError):  # a build, or a GPU, without it
         return None
     return (out, total) if total.shape == q.shape[:3] else None
+
+
+def _flash(q: Tensor) -> bool:
+    """Whether CUDA's kernel is for these queries; not AMD's, also ``cuda`` by name: versions of it told their sums to base 2."""
+    return (
+        q.device.type == "cuda"
+        and not torch.version.hip
+        and q.dtype in (torch.float16, torch.bfloat16)
+        and q.shape[-1] in (64, 128)
+    )
 
 
 def of_columns(q: Tensor, k: Tensor, total: Tensor, scale: float | None = None) -> Tensor:

@@ -48,8 +48,10 @@ class AttuneHeads(AttuneNode):
                     options=[OWN, *PRESETS],
                     default=OWN,
                     optional=True,
-                    tooltip="selection: what is written above. Or a set of heads of the paper, for SD3 medium and FLUX.1: sd3_quality and "
-                    "flux_quality are the whole layer that SoftPAG takes by itself; the others bring out what their name says.",
+                    tooltip="selection: what is written above. Or a set by name: unet_middle (SD1.5, SDXL), sd3_quality and flux_quality "
+                    "are the layers that SoftPAG takes by itself: as PAG, as its paper, and for FLUX.1, whose layers the paper does not "
+                    "compare, at the depth of SD3's. The others bring out what their name says in the paper's figures, on SD3 medium and "
+                    "FLUX.1. There is none for other models: nobody has measured one.",
                 ),
             ],
             outputs=[

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 import attune.methods.attention as attention
 
@@ -77,3 +78,20 @@ def test_a_kernel_that_tells_the_sums_of_its_rows():
     torch.testing.assert_close(attention.of_columns(q, k[:, :, [3, 0]], total, 0.7), full[..., [3, 0]].float())
     assert attention.attend(q.requires_grad_(), k, v) is None  # gradients are others' to take care of
     assert attention.attend(q.detach(), k[:, :1], v[:, :1]) is None and attention.attend(q.detach().to("meta"), k, v) is None
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_kernel_of_a_gpu_by_its_shapes(dtype, monkeypatch):
+    with FakeTensorMode():  # shapes, types and devices as on CUDA, with nothing computed
+        q = torch.empty(B, M, H, 64, device="cuda", dtype=dtype).transpose(1, 2)
+        k = torch.empty(B, N, H, 64, device="cuda", dtype=dtype).transpose(1, 2)
+        monkeypatch.setattr(torch.version, "hip", None)
+        out, total = attention.attend(q, k, k)
+        assert out.shape == q.shape and out.dtype == dtype and total.shape == (B, H, M) and total.dtype == torch.float32
+        assert attention.of_columns(q, k[:, :, :2], total).shape == (B, H, M, 2)
+        assert (
+            attention.attend(q[..., :40], k[..., :40], k[..., :40]) is None
+            and attention.attend(q.float(), k.float(), k.float()) is None
+        )
+        monkeypatch.setattr(torch.version, "hip", "6.4")  # AMD: its sums may be to base 2
+        assert attention.attend(q, k, k) is None
