@@ -741,6 +741,33 @@ def test_another_override_is_chained_before_or_after(name: str, place: Place, ou
     differs(out, sample(with_requests(model, blend)))
 
 
+def test_an_override_that_is_installed_anew_in_every_step_is_chained() -> None:
+    model, place, steps = families.shared("flux"), ("single.1", "joint"), []
+
+    def theirs(patched: Any) -> Any:
+        def step(apply: Any, args: dict[str, Any]) -> Tensor:
+            def third(func: Any, *args: Any, **kwargs: Any) -> Tensor:
+                return func(*args, **kwargs) * 0.5
+
+            steps.append(third)
+            options = {**args["c"].get("transformer_options", {}), "optimized_attention_override": third}
+            return apply(args["input"], args["timestep"], **{**args["c"], "transformer_options": options})
+
+        patched = patched.clone()
+        patched.set_model_unet_function_wrapper(step)
+        return patched
+
+    def once(func: Any, *args: Any, **kwargs: Any) -> Tensor:
+        return func(*args, **kwargs) * 0.5
+
+    always = model.clone()
+    always.model_options.setdefault("transformer_options", {})["optimized_attention_override"] = once
+    blend = BlendOutputs({place: (1,)}, lambda call, heads: heads.out + 1)
+    close(sample(theirs(with_requests(model, blend))), sample(with_requests(always, blend)))
+    assert len(steps) > 1
+    differs(sample(theirs(model)), sample(theirs(with_requests(model, blend))))
+
+
 # --- blends of tokens, and attention with other inputs ---
 
 
