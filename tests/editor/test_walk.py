@@ -27,7 +27,11 @@ def test_from_the_start_to_a_fixed_picture(server, record_property):
         page.set_default_timeout(60_000)
         page.goto(server.url)
         pack = page.get_by_role("dialog").get_by_text(ROOT.name, exact=True)
-        clicks = [pack, page.get_by_text(FIRST.stem, exact=True).first, page.get_by_role("button", name="Run", exact=True)]
+        clicks = [
+            pack,
+            page.get_by_text(FIRST.stem, exact=True).first,
+            page.get_by_role("button", name="Run", exact=True).first,
+        ]
         began = time.monotonic()
         try:
             pack.wait_for(timeout=8_000)  # templates open by themselves at the first start
