@@ -300,7 +300,7 @@ def test_no_row_is_cut_in_half(editor, vue):
     editor.setting(VUE, vue)
     try:
         heads(editor, model=False)
-        editor("(text) => t.add('AttuneWords', [-160, 0], { text })", " ".join([PROMPT] * 6))
+        editor("(text) => { t.add('AttuneWords', [-160, 0], { text }) }", " ".join([PROMPT] * 6))
         editor.page.locator(".attune-heads select").select_option("flux")
         editor.wait(
             "() => JSON.parse(document.querySelector('.attune-heads canvas').dataset.geometry ?? '{}').rows?.length === 57"
@@ -464,7 +464,7 @@ def test_words_are_weighed_with_control_and_the_arrows(editor, vue):
     editor.setting(VUE, vue)
     text = "a red striped star and a \\(blue\\) circle on a grey wall"
     try:
-        editor("(text) => t.add('AttuneWords', [0, 0], { text, words: 'red striped star' })", text)
+        editor("(text) => { t.add('AttuneWords', [0, 0], { text, words: 'red striped star' }) }", text)
         editor.show()
         chip = lambda word: editor.page.locator(".attune-chip", has_text=word).first  # noqa: E731
 
@@ -483,7 +483,7 @@ def test_words_are_weighed_with_control_and_the_arrows(editor, vue):
         assert press("blue", "ArrowDown", 22) == text.replace("blue", "(blue:-0.1)")
         assert press("blue", "ArrowUp", 22) == text
         # a node that weighs these words has the weights, and no other input is made for them
-        editor("() => t.find('AttuneWords').connect(0, t.add('AttuneWordWeights', [420, 0]), 'words')")
+        editor("() => { t.find('AttuneWords').connect(0, t.add('AttuneWordWeights', [420, 0]), 'words') }")
         assert press("star", "ArrowUp", 4) == press("blue", "ArrowDown", 30) == text
         assert editor("() => t.value('AttuneWordWeights', 'weights')") == "red striped star: 1.2\nblue: -0.5"
         editor.wait("() => document.querySelectorAll('.attune-chip.more').length === 3")
@@ -656,7 +656,7 @@ def manual(editor):
 def branches(editor, **values):
     editor.clear()
     editor(
-        "(values) => t.add('AttuneDecompose', [60, 0], values).setSize([480, 620])",
+        "(values) => { t.add('AttuneDecompose', [60, 0], values).setSize([480, 620]) }",
         {"text": "a red dog and a blue cat", **values},
     )
     editor.show()
