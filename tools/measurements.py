@@ -1,4 +1,4 @@
-"""Write the tables of MEASUREMENTS.md, the table of costs among them, from the benchmarks' results (``run.py measurements``).
+"""Write the tables and the picture of MEASUREMENTS.md, the table of costs among them, from the benchmarks' results (``run.py measurements``).
 
 A table stands between ``<!-- results: RECORD -->`` and ``<!-- end of results -->``. After the record's name may come the table's number in
 it (from 1), and ``without`` and the names of columns that are left out.
@@ -10,6 +10,7 @@ import argparse
 import re
 from collections.abc import Sequence
 
+from . import curves
 from .benchmarks.shared.records import RESULTS, Record, load
 from .runtime import RunError
 from .runtime.setup import ROOT
@@ -48,8 +49,7 @@ def markdown(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 def source(record: Record) -> str:
     """Where the figures are from."""
-    replaced = f", {record.note}" if "bench prove" in record.note else ""
-    return f"`{record.command}` at commit {record.commit} on {record.machine}{replaced}"
+    return f"`{record.command}` at commit {record.commit} on {record.machine}"
 
 
 def table(name: str, number: int = 1, without: Sequence[str] = ()) -> str:
@@ -97,4 +97,5 @@ def main(argv: list[str]) -> int:
     for path in PAGES:
         page = path.read_text(encoding="utf-8")
         path.write_text(written(page), encoding="utf-8")
+    curves.PICTURE.write_text(curves.drawn(), encoding="utf-8")
     return 0
