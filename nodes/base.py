@@ -53,6 +53,9 @@ class AttuneNode(io.ComfyNode):
 
     ComfyUI compares widgets with their limits, but NaN passes every comparison, and what comes through a link is not looked at. So
     `execute` begins with `check`, in ComfyUI and from Python alike.
+
+    A node that shows something on itself knows its number (`unique_id`); its schema says ``not_idempotent`` as well, or ComfyUI would give it
+    what an equal node with another number has made, which shows things there.
     """
 
     hidden = io.HiddenHolder.from_dict({})  # from Python: no graph and no node of it

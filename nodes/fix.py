@@ -54,6 +54,7 @@ class AttuneFix(AttuneNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,
         )
 
     @classmethod

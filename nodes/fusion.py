@@ -40,6 +40,7 @@ class AttunePhraseFusion(AttuneNode):
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The steered model: connect it to a KSampler.")],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,
         )
 
     @classmethod

@@ -43,6 +43,7 @@ class AttuneHeadFilter(AttuneNode):
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The filtered model: connect it to a KSampler.")],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,
         )
 
     @classmethod

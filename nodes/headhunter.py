@@ -60,6 +60,7 @@ class AttuneHeadHunter(AttuneNode):
             "evaluated is kept, and the same search goes on from there. For SD1.5, SDXL, SD3, FLUX and later models.",
             is_input_list=True,
             hidden=[io.Hidden.prompt, io.Hidden.unique_id],
+            not_idempotent=True,
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The model to search on, with its LoRAs; without SoftPAG, which the search adds itself."

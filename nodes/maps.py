@@ -72,6 +72,7 @@ class AttuneAttentionMaps(AttuneNode):
                 AttuneMapsType.Output(display_name="maps", tooltip="The maps, filled when the sampler runs."),
             ],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,
         )
 
     @classmethod
@@ -109,6 +110,7 @@ class AttuneShowMaps(AttuneNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            not_idempotent=True,
         )
 
     @classmethod
@@ -148,6 +150,7 @@ class AttuneSegmentation(AttuneNode):
                 io.Mask.Output(display_name="foreground", tooltip="Everything that is not background, one mask per picture."),
             ],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            not_idempotent=True,
         )
 
     @classmethod

@@ -61,6 +61,7 @@ class AttuneNegative(AttuneNode):
                 )
             ],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,
         )
 
     @classmethod

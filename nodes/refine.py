@@ -62,6 +62,7 @@ class AttuneRefineMaps(AttuneNode):
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The steered model: connect it to a KSampler.")],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,
         )
 
     @classmethod

@@ -108,6 +108,7 @@ class AttuneRegulation(AttuneNode):
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The regulated model: connect it to a KSampler.")],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,
         )
 
     @classmethod

@@ -99,6 +99,7 @@ class AttuneSemanticCFG(AttuneNode):
                 ),
             ],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,
         )
 
     @classmethod

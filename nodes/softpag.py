@@ -110,6 +110,7 @@ class AttuneSoftPAG(AttuneNode):
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The guided model: connect it to a KSampler.")],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,
         )
 
     @classmethod

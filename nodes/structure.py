@@ -81,6 +81,7 @@ class AttuneStructureRefine(AttuneNode):
             ],
             outputs=[io.Latent.Output(display_name="samples", tooltip="The refined latent: connect it to VAE Decode.")],
             hidden=[io.Hidden.unique_id, io.Hidden.prompt],
+            not_idempotent=True,
         )
 
     @classmethod

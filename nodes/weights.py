@@ -108,6 +108,7 @@ class AttuneWordWeights(AttuneNode):
                 io.String.Output(display_name="summary", tooltip="What weighs how much, and its token columns."),
             ],
             hidden=[io.Hidden.unique_id],
+            not_idempotent=True,
         )
 
     @classmethod

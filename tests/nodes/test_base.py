@@ -144,3 +144,10 @@ def test_lists_are_checked_one_by_one():
     check(schema(entry, is_input_list=True), {"x": [1, 2]})
     with pytest.raises(ValueError, match="x is 10"):
         check(schema(entry, is_input_list=True), {"x": [1, 10]})
+
+
+def test_what_a_node_shows_on_itself_is_its_own():
+    """ComfyUI hands an equal node's result on, whose number it knows, unless the schema says otherwise."""
+    for node in NODES:
+        schema = node.define_schema()
+        assert schema.not_idempotent == (io.Hidden.unique_id in (schema.hidden or [])), schema.node_id
