@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -18,11 +19,12 @@ from ..samplers import SAMPLERS, needs
 from .blending import with_branches
 from .branches import BRANCH, BRANCHES, ReadPlan, merged, sets_of_branches, tiled, tiled_conditioning
 from .guider import Guider
-from .session import Session, Settings, mask_sites, share_sites
+from .session import OPTIMIZE, Session, Settings, mask_sites, share_sites
 
 SUPPORTED = tuple(name for name, sampler in SAMPLERS.items() if sampler.linear and name in comfy.samplers.KSampler.SAMPLERS)
 PIXELS = 8  # per latent pixel
 FAMILIES = ("unet", "wan", "cosmos_predict2")  # the image attends to itself apart from the text
+FUSED = "comfy_kitchen"  # newer ComfyUI's kernels, which transformers rotate by and which have no gradient
 
 
 def check(sampler_name: str, settings: Settings, family: str = "unet", frames: int = 1) -> None:
@@ -43,6 +45,11 @@ def check(sampler_name: str, settings: Settings, family: str = "unet", frames: i
         )
     if frames > 1:
         raise ValueError(f"Detail++ Sampler makes pictures, and this latent has {frames} frames; make one of them.")
+    if family != "unet" and settings.optimize != OPTIMIZE[0] and importlib.util.find_spec(FUSED) is not None:
+        raise ValueError(
+            "Detail++ Sampler: with this version of ComfyUI there is no gradient through this model, which the optimisation follows; set "
+            "optimize to off."
+        )
     because = "keeps a history of its own from step to step, which branches cannot share"
     needs(sampler_name, "Detail++ Sampler", among=SUPPORTED, because=because)
     settings.check()

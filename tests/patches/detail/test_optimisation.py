@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import weakref
+from importlib.util import find_spec
 
 import pytest
 import torch
@@ -15,7 +16,8 @@ from attune.patches.detail import blending, gradient
 from attune.patches.detail.blending import Blending
 from attune.patches.detail.branches import BRANCH
 from attune.patches.detail.encode import encode
-from attune.patches.detail.session import OPTIMIZE
+from attune.patches.detail.sampler import FUSED, check
+from attune.patches.detail.session import OPTIMIZE, Settings
 from attune.patches.hook.install import model_sites
 from attune.patches.maps.layers import auto_sites
 from attune.tests import families
@@ -50,6 +52,8 @@ def losses(model, x, sigma, context, columns, align, content=range(1, 6)):
     ("name", "optimize"), [*(("sd15", o) for o in OPTIMIZE[1:]), ("wan", OPTIMIZE[2]), ("cosmos_predict2", OPTIMIZE[1])]
 )
 def test_the_gradient_is_that_of_the_whole_model(name, optimize, monkeypatch):
+    if name != "sd15" and find_spec(FUSED) is not None:
+        pytest.skip("this ComfyUI's kernels have no gradient there")
     model, found = families.shared(name), []
     whole = blending.gradient
     monkeypatch.setattr(blending, "gradient", lambda *a: (found.append((a[3][:2].clone(), a[4][:2], g := whole(*a))), g)[1])
@@ -252,3 +256,11 @@ def test_optimising_weights_made_in_inference_mode_in_parts_and_under_a_noise_ma
     plain = families.shared("sd15")
     close(ours, run(plain, branches(), **settings)[0])
     differs(ours, run(plain, branches(), **{**settings, "optimize": "off"})[0])
+
+
+def test_kernels_without_a_gradient_are_told_before_sampling(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
+    check("euler", Settings(), "unet")
+    check("euler", Settings(optimize="off"), "wan")
+    with pytest.raises(ValueError, match="set optimize to off"):
+        check("euler", Settings(), "wan")
