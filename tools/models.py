@@ -97,7 +97,8 @@ NODES: Mapping[str, Node] = {
         joint="there is no self-attention apart from the text's, whose map the branches could share",
         separate="its text is adapted inside the model, one prompt at a time",
         only=("unet", "wan", "cosmos_predict2"),
-        about="beyond UNets, by three layers around the middle, and every layer's layout is shared; pictures, not films",
+        about="beyond UNets, by three layers around the middle, and every layer's layout is shared; pictures, not films; there without its "
+        "optimisation in newer ComfyUI",
     ),
 }
 
