@@ -48,14 +48,19 @@ def in_menu(submenu: str, *aliases: str) -> dict[str, Any]:
     return {"category": f"Attune/{submenu}", **searched}
 
 
+def on_itself(*more: io.Hidden) -> dict[str, Any]:
+    """Of a schema: the node knows its number, to show things on itself, and ``more`` of what ComfyUI tells.
+
+    Without ``not_idempotent`` ComfyUI would give it what an equal node with another number has made, which shows things there.
+    """
+    return {"hidden": [io.Hidden.unique_id, *more], "not_idempotent": True}
+
+
 class AttuneNode(io.ComfyNode):
     """A node that checks what it is given, whoever runs it.
 
     ComfyUI compares widgets with their limits, but NaN passes every comparison, and what comes through a link is not looked at. So
     `execute` begins with `check`, in ComfyUI and from Python alike.
-
-    A node that shows something on itself knows its number (`unique_id`); its schema says ``not_idempotent`` as well, or ComfyUI would give it
-    what an equal node with another number has made, which shows things there.
     """
 
     hidden = io.HiddenHolder.from_dict({})  # from Python: no graph and no node of it

@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..language.words import encode_prompt, prompt_words
 from ..patches import fix
 from ..server.previews import Preview, remember
-from .base import AttuneNode, in_menu
+from .base import AttuneNode, in_menu, on_itself
 from .inputs import steered_model
 
 
@@ -53,8 +53,7 @@ class AttuneFix(AttuneNode):
                     tooltip="What was set, what is known of it on this model, and how to do the same with single nodes.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
-            not_idempotent=True,
+            **on_itself(),
         )
 
     @classmethod

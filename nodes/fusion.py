@@ -7,7 +7,7 @@ from comfy_api.latest import io
 from ..language.phrases import fusable
 from ..patches import fusion
 from ..server.previews import Preview
-from .base import AttuneNode, in_menu
+from .base import AttuneNode, in_menu, on_itself
 from .inputs import steered_model
 from .words import AttuneWordsType
 
@@ -39,8 +39,7 @@ class AttunePhraseFusion(AttuneNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The steered model: connect it to a KSampler.")],
-            hidden=[io.Hidden.unique_id],
-            not_idempotent=True,
+            **on_itself(),
         )
 
     @classmethod

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..patches import gate
 from ..server.previews import Preview
-from .base import AttuneNode, in_menu
+from .base import AttuneNode, in_menu, on_itself
 from .inputs import percents, steered_model
 from .scorers import AttuneScorerType
 from .words import AttuneWordsType
@@ -86,8 +86,7 @@ class AttuneSemanticGate(AttuneNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The steered model: connect it to a KSampler.")],
-            hidden=[io.Hidden.unique_id],
-            not_idempotent=True,
+            **on_itself(),
         )
 
     @classmethod

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..patches import headfilter
 from ..server.previews import Preview
-from .base import AttuneNode, in_menu
+from .base import AttuneNode, in_menu, on_itself
 from .heads import AttuneHeadsType
 
 
@@ -42,8 +42,7 @@ class AttuneHeadFilter(AttuneNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The filtered model: connect it to a KSampler.")],
-            hidden=[io.Hidden.unique_id],
-            not_idempotent=True,
+            **on_itself(),
         )
 
     @classmethod

@@ -20,7 +20,7 @@ from ..hunt.report import image, report, story, time_left
 from ..hunt.search import search
 from ..hunt.settings import CUSTOM, PRESETS, RANKINGS, Plan, Settings
 from ..server import layouts
-from .base import AttuneNode, in_menu
+from .base import AttuneNode, in_menu, on_itself
 from .heads import AttuneHeadsType
 from .inputs import automatic
 from .scorers import AttuneScorerType
@@ -59,8 +59,7 @@ class AttuneHeadHunter(AttuneNode):
             "same noise, the best join, and the next round tries the rest beside them. Takes long and may be stopped at any time: what is "
             "evaluated is kept, and the same search goes on from there. For SD1.5, SDXL, SD3, FLUX and later models.",
             is_input_list=True,
-            hidden=[io.Hidden.prompt, io.Hidden.unique_id],
-            not_idempotent=True,
+            **on_itself(io.Hidden.prompt),
             inputs=[
                 io.Model.Input(
                     "model", tooltip="The model to search on, with its LoRAs; without SoftPAG, which the search adds itself."

@@ -8,7 +8,7 @@ from ..patches.maps import pictures, record, recorder
 from ..server.graph import made_by
 from ..server.previews import Preview
 from ..server.widgets import maps_told
-from .base import AttuneNode, in_menu
+from .base import AttuneNode, in_menu, on_itself
 from .inputs import selected
 from .words import AttuneWordsType
 
@@ -71,8 +71,7 @@ class AttuneAttentionMaps(AttuneNode):
                 io.Model.Output(display_name="model", tooltip="Connect it to the sampler."),
                 AttuneMapsType.Output(display_name="maps", tooltip="The maps, filled when the sampler runs."),
             ],
-            hidden=[io.Hidden.unique_id],
-            not_idempotent=True,
+            **on_itself(),
         )
 
     @classmethod
@@ -109,8 +108,7 @@ class AttuneShowMaps(AttuneNode):
                     tooltip="Soft masks at the picture's size, 0 to 1: the first word's for every picture, then the second word's, …",
                 ),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
-            not_idempotent=True,
+            **on_itself(io.Hidden.prompt),
         )
 
     @classmethod
@@ -149,8 +147,7 @@ class AttuneSegmentation(AttuneNode):
                 ),
                 io.Mask.Output(display_name="foreground", tooltip="Everything that is not background, one mask per picture."),
             ],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
-            not_idempotent=True,
+            **on_itself(io.Hidden.prompt),
         )
 
     @classmethod

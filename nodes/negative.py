@@ -8,7 +8,7 @@ from ..patches import negative as method
 from ..patches.negative import Settings
 from ..patches.softpag import AUTOMATIC
 from ..server.previews import Preview
-from .base import AttuneNode, in_menu
+from .base import AttuneNode, in_menu, on_itself
 from .inputs import automatic, percents, steered_model
 
 
@@ -60,8 +60,7 @@ class AttuneNegative(AttuneNode):
                     display_name="model", tooltip="The model with the negative in it: connect it to a KSampler with cfg 1."
                 )
             ],
-            hidden=[io.Hidden.unique_id],
-            not_idempotent=True,
+            **on_itself(),
         )
 
     @classmethod

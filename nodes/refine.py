@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..patches import refine
 from ..server.previews import Preview
-from .base import AttuneNode, in_menu
+from .base import AttuneNode, in_menu, on_itself
 from .inputs import percents, steered_model
 from .words import AttuneWordsType
 
@@ -61,8 +61,7 @@ class AttuneRefineMaps(AttuneNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The steered model: connect it to a KSampler.")],
-            hidden=[io.Hidden.unique_id],
-            not_idempotent=True,
+            **on_itself(),
         )
 
     @classmethod

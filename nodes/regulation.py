@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..patches import regulation
 from ..server.previews import Preview
-from .base import AttuneNode, in_menu
+from .base import AttuneNode, in_menu, on_itself
 from .inputs import advanced_choice, percents, selected, steered_model
 from .words import AttuneWordsType
 
@@ -107,8 +107,7 @@ class AttuneRegulation(AttuneNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The regulated model: connect it to a KSampler.")],
-            hidden=[io.Hidden.unique_id],
-            not_idempotent=True,
+            **on_itself(),
         )
 
     @classmethod

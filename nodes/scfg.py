@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..patches import scfg
 from ..server.previews import Preview
-from .base import AttuneNode, in_menu
+from .base import AttuneNode, in_menu, on_itself
 from .inputs import advanced_choice, percents
 from .maps import AttuneMapsType
 
@@ -98,8 +98,7 @@ class AttuneSemanticCFG(AttuneNode):
                     tooltip="The attention it used (mean of its steps), for Show Attention Maps and Segmentation.",
                 ),
             ],
-            hidden=[io.Hidden.unique_id],
-            not_idempotent=True,
+            **on_itself(),
         )
 
     @classmethod

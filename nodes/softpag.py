@@ -8,7 +8,7 @@ from ..methods.softpag import PATHS, TARGETS, TOKENS
 from ..patches import softpag
 from ..patches.softpag import AUTOMATIC, Settings
 from ..server.previews import Preview
-from .base import AttuneNode, in_menu
+from .base import AttuneNode, in_menu, on_itself
 from .heads import AttuneHeadsType
 from .inputs import advanced, advanced_choice, automatic, percents
 
@@ -109,8 +109,7 @@ class AttuneSoftPAG(AttuneNode):
                 ),
             ],
             outputs=[io.Model.Output(display_name="model", tooltip="The guided model: connect it to a KSampler.")],
-            hidden=[io.Hidden.unique_id],
-            not_idempotent=True,
+            **on_itself(),
         )
 
     @classmethod

@@ -6,7 +6,7 @@ from comfy_api.latest import io
 
 from ..patches import structure
 from ..server.graph import made_by
-from .base import AttuneNode, in_menu
+from .base import AttuneNode, in_menu, on_itself
 from .maps import AttuneMapsType
 
 
@@ -80,8 +80,7 @@ class AttuneStructureRefine(AttuneNode):
                 ),
             ],
             outputs=[io.Latent.Output(display_name="samples", tooltip="The refined latent: connect it to VAE Decode.")],
-            hidden=[io.Hidden.unique_id, io.Hidden.prompt],
-            not_idempotent=True,
+            **on_itself(io.Hidden.prompt),
         )
 
     @classmethod

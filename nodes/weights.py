@@ -8,7 +8,7 @@ from ..language.weights import HIGH, LOW, Weighted, weighted
 from ..language.words import encode_prompt, prompt_words
 from ..patches import weights as method
 from ..server.previews import Preview
-from .base import AttuneNode, in_menu
+from .base import AttuneNode, in_menu, on_itself
 from .inputs import advanced, advanced_choice, percents, steered_model
 from .words import AttuneWordsType
 
@@ -107,8 +107,7 @@ class AttuneWordWeights(AttuneNode):
                 io.Model.Output(display_name="model", tooltip="The steered model: connect it to a KSampler."),
                 io.String.Output(display_name="summary", tooltip="What weighs how much, and its token columns."),
             ],
-            hidden=[io.Hidden.unique_id],
-            not_idempotent=True,
+            **on_itself(),
         )
 
     @classmethod
