@@ -82,6 +82,12 @@ def alone(model, entry, batch=1, size=(8, 12), sampler="euler", steps=4, **more)
 # --- one branch at a time, softmax written out, latents blended after each step ------------------------------------------
 
 
+def read_names(model):
+    """Where these tests' models say where subjects are: a UNet's layers at full size, of a transformer three around the middle."""
+    family, sites = model_sites(model)
+    return {s.name for s in sites if s.stride == 1} if family == "unet" else {s.name for s in auto_sites(sites, family)}
+
+
 class Slow:
     """The model, one row a forward, with full maps: what the base's attention was, and what subjects' words looked at."""
 
@@ -156,7 +162,7 @@ def reference(
     flat = family == "unet"
     slow = Slow(
         model,
-        {s.name for s in (sites if flat else auto_sites(sites, family)) if not flat or s.stride == 1},
+        read_names(model),
         {s.name for s in sites},
     )
     if max_tokens is not None:

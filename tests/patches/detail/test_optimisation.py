@@ -19,16 +19,14 @@ from attune.patches.detail.encode import encode
 from attune.patches.detail.sampler import FUSED, check
 from attune.patches.detail.session import OPTIMIZE, Settings
 from attune.patches.hook.install import model_sites
-from attune.patches.maps.layers import auto_sites
 from attune.tests import families
 from attune.tests.helpers import close, differs
-from attune.tests.patches.detail.test_detail import branches, run
+from attune.tests.patches.detail.test_detail import branches, read_names, run
 
 
 def losses(model, x, sigma, context, columns, align, content=range(1, 6)):
     """The loss of each picture, by the whole model with softmax written out."""
-    family, sites = model_sites(model)
-    read = {s.name for s in (sites if family == "unet" else auto_sites(sites, family)) if family != "unet" or s.stride == 1}
+    sites, read = model_sites(model)[1], read_names(model)
     calls = [(s.name, kind) for s in sites for kind in s.kinds]
     seen, maps = iter(calls), []
 
