@@ -21,7 +21,7 @@ OPEN = """async (graph) => {
     const { output } = await app.graphToPrompt()
     return {
         prompt: Object.fromEntries(Object.entries(output).map(([id, n]) => [id, { class_type: n.class_type, inputs: n.inputs }])),
-        nodes: app.graph.nodes.map((n) => [n.id, n.type, Boolean(n.has_errors)]),
+        nodes: app.graph.nodes.map((n) => [String(n.id), n.type, !window.LiteGraph.registered_node_types[n.type]]),
         outputs: Object.fromEntries(app.graph.nodes.map((n) => [n.id, (n.outputs ?? []).map((o) => o.type)])),
     }
 }"""
@@ -45,7 +45,7 @@ def page(server) -> Iterator:
 def test_the_editor_opens_an_example_and_reads_it_as_we_do(path: Path, page, info):
     graph = json.loads(path.read_text(encoding="utf-8"))
     opened = page.evaluate(OPEN, graph)
-    assert sorted(n[:2] for n in opened["nodes"]) == sorted([n["id"], n["type"]] for n in graph["nodes"])
+    assert sorted(n[:2] for n in opened["nodes"]) == sorted([str(n["id"]), n["type"]] for n in graph["nodes"])
     assert not [n for n in opened["nodes"] if n[2]]
     ours = {n: {"class_type": node["class_type"], "inputs": node["inputs"]} for n, node in to_prompt(read(path), info).items()}
     for node in opened[
@@ -54,7 +54,8 @@ def test_the_editor_opens_an_example_and_reads_it_as_we_do(path: Path, page, inf
         node["inputs"] = {k: v for k, v in node["inputs"].items() if k in specs(info[node["class_type"]])}
     assert opened["prompt"] == ours
     for node in graph["nodes"]:
-        assert opened["outputs"][str(node["id"])] == [o["type"] for o in node["outputs"]]
+        saved = [o["type"] for o in node["outputs"]]
+        assert opened["outputs"][str(node["id"])][: len(saved)] == saved  # newer versions of a node may have more
     assert page.errors == []
 
 
