@@ -86,8 +86,9 @@ def main(argv: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--thousands", type=int, default=24, help="training pictures to draw")
     parser.add_argument("--spoiled", type=int, default=4, help="thousands of pictures with spoiled things, for the reader")
-    parser.add_argument("--held-out", type=int, default=2, help="thousands of each of the splits tune and test")
+    parser.add_argument("--tune", type=int, default=6, help="thousands of the split tune, for the reader too")
+    parser.add_argument("--test", type=int, default=2, help="thousands of the split test")
     args = parser.parse_args(argv)
-    counts = {"train": args.thousands, "spoiled": args.spoiled, "tune": args.held_out, "test": args.held_out}
+    counts = {"train": args.thousands, "spoiled": args.spoiled, "tune": args.tune, "test": args.test}
     in_parallel(draw, [(split, shard) for split, count in counts.items() for shard in range(count)])
     return 0

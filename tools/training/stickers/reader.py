@@ -119,7 +119,7 @@ class Pool:
 
     def __init__(self) -> None:
         self.shards = []
-        for split in ("train", "spoiled"):
+        for split in ("train", "spoiled", "tune"):  # it has to read pairs of a noun and a detail that the model never sees
             for shard in dataset.shards(split):
                 truth = labels(dataset.scenes_of(split, shard), dataset.fates(split, shard))
                 self.shards.append((*dataset.load(split, shard), *truth))
