@@ -40,7 +40,7 @@ BOXES = """(vue) => {
     }
     return {
         scale, offset: [...offset], text: !app.canvas.low_quality,
-        unknown: app.graph.nodes.filter((n) => !window.LiteGraph.registered_node_types[n.type]).map((n) => n.type),
+        unknown: app.graph.nodes.filter((n) => n.has_errors || !window.LiteGraph.registered_node_types[n.type]).map((n) => n.type),
         warnings: document.querySelectorAll(".comfy-missing-nodes").length,
         groups: app.graph._groups.map((g) => [...g._bounding]),
         nodes: app.graph.nodes.map((n) => ({ id: n.id, type: n.type, size: [...n.size], least: [...n.computeSize()], box: box(n) })),

@@ -53,9 +53,9 @@ def over(nodes: list[dict]) -> list[tuple]:
 
 
 def outside(nodes: list[dict], groups: list[list[float]]) -> list[str]:
-    """Nodes that lie in none of the groups, give or take two pixels of rounding."""
+    """Nodes that lie in none of the groups."""
     holds = lambda g, b: (  # noqa: E731
-        g[0] <= b[0] and g[1] <= b[1] and b[0] + b[2] <= g[0] + g[2] + 2 and b[1] + b[3] <= g[1] + g[3] + 2
+        g[0] <= b[0] and g[1] <= b[1] and b[0] + b[2] <= g[0] + g[2] + 1 and b[1] + b[3] <= g[1] + g[3] + 1
     )
     return [n["type"] for n in nodes if n["box"] and not any(holds(g, n["box"]) for g in groups)]
 
