@@ -57,6 +57,7 @@ def fingerprint(tokens: Mapping[str, Any]) -> str:
     ids = {
         name: [[int(t[0]) if isinstance(t[0], Integral) else list(t[0].shape) for t in chunk] for chunk in chunks]
         for name, chunks in tokens.items()
+        if isinstance(chunks, list)  # some tokenizers put settings beside the tokens
     }
     return hashlib.sha256(repr(sorted(ids.items())).encode()).hexdigest()[:16]
 

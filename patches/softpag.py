@@ -15,7 +15,7 @@ from .hook import prefix_cache
 from .hook.blends import ChosenHeads
 from .hook.call import AttentionCall
 from .hook.effects import Effect, watch
-from .hook.install import ModelPatcher, install, model_sites
+from .hook.install import ModelPatcher, install, model_family, model_sites
 from .hook.requests import ALL as EVERY_ROW
 from .hook.requests import BlendOutputs, Request, Span
 from .hook.run import RUN, ExtraForward, SamplingRun, with_extra_forward
@@ -236,7 +236,7 @@ def apply(
     """
     span = Span.checked("SoftPAG", start_percent, end_percent)
     family, sites = model_sites(model)
-    _check(sites, tokens, target, path)
+    _check(sites, model_family(model).text_looks, tokens, target, path)
     u = perturbation_of(family, perturbation)
     sets = [(heads or default_heads(family, sites), scale_of(family, scale))]
     if heads_2 is not None:
@@ -269,7 +269,7 @@ def apply(
     return patched
 
 
-def _check(sites: tuple[Site, ...], tokens: str, target: str, path: str) -> None:
+def _check(sites: tuple[Site, ...], text_looks: bool, tokens: str, target: str, path: str) -> None:
     """Raises ValueError for choices that are unknown, or mean nothing on a model of this family."""
     for name, value, known in (("tokens", tokens, TOKENS), ("target", target, TARGETS), ("path", path, PATHS)):
         if value not in known:
@@ -279,6 +279,11 @@ def _check(sites: tuple[Site, ...], tokens: str, target: str, path: str) -> None
             f"SoftPAG: tokens “{tokens}” with target “{target}” needs image and text tokens in one attention, as SD3, FLUX and "
             f"most later models have; on this "
             f"model set tokens to {ALL} and target to one without “text” and “-”."
+        )
+    if not text_looks and (tokens == TEXT or TARGETS[target] == TEXT):
+        raise ValueError(
+            f"SoftPAG: tokens “{tokens}” with target “{target}” is about what text looks at, and this model computes its text apart from the image; "
+            f"set tokens to {ALL} and target to one that does not begin with “text” or “mean text”."
         )
     if rows_of(tokens, target) is None:
         raise ValueError(

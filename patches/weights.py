@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ..methods import weights as maths
 from .hook.call import AttentionCall
-from .hook.install import ModelPatcher, request
+from .hook.install import ModelPatcher, model_family, request
 from .hook.requests import COND, IMAGE, TEXT, EditWeights, Span
 from .hook.tensors import index_or_slice
 from .observer import NOBODY, Observer
@@ -157,7 +157,8 @@ def apply(
     members = tuple(tuple(columns.index(c) for c in phrase) for phrase in phrases)
     least = maths.least(precision(model))
     method = _Weights(torch.tensor(numbers), members, len(columns), masks, settings, least)
-    joint = {place: heads for place, heads in where.items() if place[1] == "joint"}
+    looks = model_family(model).text_looks
+    joint = {place: heads for place, heads in where.items() if place[1] == "joint" and looks}
     asked = [(IMAGE, where), *([(TEXT, joint)] if settings.tokens == BOTH and joint else [])]
     requests = [
         EditWeights(

@@ -164,6 +164,11 @@ ARCHITECTURES: dict[str, tuple[str, str, dict[str, Any]]] = {
         "QwenImage",
         {"image_model": "qwen_image", "in_channels": 64, "num_layers": 60},
     ),
+    "qwen_image21": (
+        "Qwen-Image 2.1",
+        "QwenImage21",
+        {"image_model": "qwen_image21", "num_layers": 32},
+    ),
     "z_image": (
         "Z-Image",
         "ZImage",

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, fields
 from functools import cache
 from typing import Any
@@ -192,6 +192,18 @@ if hasattr(supported, "Krea2"):
             "layers": 3,
         },
     )
+if hasattr(supported, "QwenImage21"):
+    MORE["qwen_image21"] = (
+        supported.QwenImage21,
+        {
+            "image_model": "qwen_image21",
+            "num_layers": 3,
+            "attention_head_dim": 16,
+            "num_attention_heads": 4,
+            "context_in_dim": WIDTH,
+            "axes_dims_rope": (4, 6, 6),
+        },
+    )
 MORE["wan"] = (
     supported.WAN21_T2V,
     {
@@ -239,12 +251,13 @@ CONFIGS["sd35"] = (supported.SD3, {**CONFIGS["sd3"][1], "x_block_self_attn_layer
 NAMES = ("sd15", "sdxl", "sd3", "sd35", "flux")
 EVERY = (*NAMES, *MORE)  # for the tests that hold each method against itself written out
 _OUTSIDE = {"lumina2": 2, "z_image": 2, "krea2": 4}  # calls of attention in a forward before those at sites
+TEXT_APART = ("qwen_image21",)
 _MULTIPLE = {"z_image": 8}  # text and image are padded to
 _BEFORE = {"flux2": 512}  # tokens that text is lengthened to, by zeros before it
 
 
 def text_tokens(model: Any, words: int = 7) -> slice:
-    """Which tokens of joint attention are the prompt's."""
+    """Which keys of joint attention are the prompt's."""
     end = max(_BEFORE.get(model_sites(model)[0], 0), words)
     return slice(end - words, end)
 
@@ -256,6 +269,11 @@ def image_tokens(model: Any, size: tuple[int, int], tokens: int) -> tuple[tuple[
     count = grid[0] * grid[1]
     end = tokens - -count % _MULTIPLE.get(family, 1)
     return grid, slice(end - count, end)
+
+
+def of_text_apart(model: Any, settings: Mapping[str, Any]) -> bool:
+    """Whether a call of attention is the text's own, in a model that computes that apart from the image; it is none of `calls_of`."""
+    return model_sites(model)[0] in TEXT_APART and settings.get("mask") is not None
 
 
 def calls_of(model: Any) -> list[tuple[str, str]]:
@@ -386,8 +404,9 @@ def written_out(model: Any, change: Callable[[Seen], Tensor], size: tuple[int, i
     count, real = [0], tuple(latent(model, *size).shape[-2:])
 
     def override(func, q, k, v, heads, *rest, **kwargs):
-        name, kind = calls[count[0] % len(calls)]
-        count[0] += 1
+        apart = of_text_apart(model, kwargs)
+        name, kind = ("", "") if apart else calls[count[0] % len(calls)]
+        count[0] += not apart
         if not kind:
             return func(q, k, v, heads, *rest, **kwargs)
         if not kwargs.get("skip_reshape"):
@@ -399,7 +418,7 @@ def written_out(model: Any, change: Callable[[Seen], Tensor], size: tuple[int, i
         pictures = len(q) // len(chunks)
         queries, keys = weights.shape[-2:]
         joint = kind == "joint"
-        shape, image = image_tokens(model, real, queries)
+        (shape, image), seen_image = image_tokens(model, real, queries), image_tokens(model, real, keys)[1]
         if family == "unet":
             shape, image = tuple(options["activations_shape"][-2:]), slice(0, queries)
         frames = queries // (shape[0] * shape[1]) if not joint else 1  # of a film, one under the other
@@ -414,7 +433,7 @@ def written_out(model: Any, change: Callable[[Seen], Tensor], size: tuple[int, i
             shape,
             image,
             text_tokens(model, words) if joint else slice(0, keys),
-            image if joint else slice(0, keys),
+            seen_image if joint else slice(0, keys),
             int((options["sample_sigmas"] >= options["sigmas"][0] * (1 - 1e-6)).sum()) - 1,
         )
         return change(seen).transpose(1, 2).flatten(2).to(q.dtype)

@@ -1,6 +1,7 @@
 """ComfyUI's own tokenizers and its ways of laying out contexts, with encoders that write down which token is where."""
 
 from functools import cache
+from importlib.util import find_spec
 from types import SimpleNamespace
 
 import comfy.sd1_clip
@@ -154,6 +155,10 @@ def language_model(name):
         "cosmos": (cosmos.CosmosT5Tokenizer, cosmos.CosmosT5XXL, {"clip_t5xxl": True}),
         "wan": (wan.WanT5Tokenizer, wan.WanT5Model, {"clip_umt5xxl": False}),
     }
+    if name == "qwen_image21":
+        from comfy.text_encoders import qwen_image21
+
+        kinds[name] = (qwen_image21.QwenImage21Tokenizer, qwen_image21.QwenImage21TEModel, {"qwen3vl_8b": True})
     kind, model, parts = kinds[name]
     one = kind(tokenizer_data={"spiece_model": spiece(), "mistral3_24b_tokenizer_class": Mistral})
     whole = model.__new__(model)
@@ -166,12 +171,15 @@ def language_model(name):
 
 
 LANGUAGE_MODELS = ("qwen_image", "z_image", "flux2", "lumina2", "hunyuan_image", "omnigen2", "pixart", "cosmos", "wan")
+if find_spec("comfy.text_encoders.qwen_image21"):  # not in this version of ComfyUI otherwise
+    LANGUAGE_MODELS += ("qwen_image21",)
 
 
 class LanguageModel:
     """`Encoder` for these: some give an attention mask, and FLUX.2's several layers."""
 
     def __init__(self, layers):
+        self.image_spans = []  # of pictures among the text
         self.layer, self.return_attention_masks = layers if isinstance(layers, list) else "last", bool(layers)
 
     def encode_token_weights(self, chunks):

@@ -4,7 +4,7 @@ import { app, api, ask, attach, colour, isLinked, low, make, origin, saved, told
 import { read, text } from "./selection.js"
 
 const NODE = "AttuneHeads"
-const PRESETS = { sd15: "SD1.5", sdxl: "SDXL", sd3: "SD3 medium", flux: "FLUX.1", flux2: "FLUX.2 dev", flux2_klein: "FLUX.2 klein 4B", qwen_image: "Qwen-Image", z_image: "Z-Image", krea2: "Krea 2", chroma: "Chroma", lumina2: "Lumina 2", anima: "Anima", cosmos_predict2: "Cosmos Predict 2", wan: "Wan 14B", demo: "Demo model" }
+const PRESETS = { sd15: "SD1.5", sdxl: "SDXL", sd3: "SD3 medium", flux: "FLUX.1", flux2: "FLUX.2 dev", flux2_klein: "FLUX.2 klein 4B", qwen_image: "Qwen-Image", qwen_image21: "Qwen-Image 2.1", z_image: "Z-Image", krea2: "Krea 2", chroma: "Chroma", lumina2: "Lumina 2", anima: "Anima", cosmos_predict2: "Cosmos Predict 2", wan: "Wan 14B", demo: "Demo model" }
 const LOADERS = { ckpt_name: "checkpoints", unet_name: "diffusion_models" }
 const AUTO = "auto" // written: the layer that SoftPAG takes by itself, whatever the model
 const OWN = "selection" // not a preset: what is written

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any
 
 import torch
@@ -158,7 +158,7 @@ class Forward:
                 return self.previous(function, q, k, v, heads, *args, **kwargs).clone()  # it may hold on to it
             return function(q, k, v, heads, *args, **kwargs)
 
-        if self.busy or self.name not in self.by_name or not self.to_come:
+        if self.busy or self.name not in self.by_name or not self.to_come or not self.family.is_site(k.shape[-2]):
             return chained(q, k, v, heads, *args, **kwargs)
         self.kind = self.to_come.pop(0)
         function = self._own_function() or function
@@ -170,7 +170,8 @@ class Forward:
             return chained(q, k, v, heads, *args, **kwargs)
 
         plain = self.previous is None and getattr(function, "__name__", "") in PLAIN and settings.get("mask") is None
-        return self._serve(CallTensors(q, k, v, heads, settings), Kernel(whole, chained, settings, plain))
+        tensors = CallTensors(q, k, v, heads, settings, partial(self.family.in_order, self))
+        return self._serve(tensors, Kernel(whole, chained, settings, plain))
 
     def _own_function(self) -> Callable[..., Tensor] | None:
         """The kernel that a checkpoint asks for at this place, if any.

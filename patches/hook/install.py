@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from . import effects, prefix_cache, texts
 from .families import family, family_of, sites
-from .families.base import Block
+from .families.base import Block, Family
 from .forward import Forward
 from .requests import BlendOutputs, ReadWeights, Request, Span
 from .run import EXTRA, GIVEN, RUN, ExtraForward, SamplingRun
@@ -77,8 +77,17 @@ def _check(sites: Mapping[str, Site], requests: Sequence[Request]) -> None:
             raise ValueError(f"{name} has heads 0 to {site.heads - 1} in this model, not {max(heads)}.")
 
 
+def model_family(model: ModelPatcher) -> Family:
+    """What the hook knows of a MODEL's kind.
+
+    Raises:
+        ValueError: for a model that this pack has no sites for.
+    """
+    return family_of(model.get_model_object("diffusion_model"))
+
+
 def model_sites(model: ModelPatcher) -> tuple[str, tuple[Site, ...]]:
-    """Family and sites of a MODEL.
+    """Name of the family and sites of a MODEL.
 
     Raises:
         ValueError: for a model that this pack has no sites for.
@@ -162,10 +171,12 @@ def _apply_model(
 
     options = options.copy()
     family = family_of(getattr(base.diffusion_model, "_orig_mod", base.diffusion_model))  # not compiled
+    if own:
+        options.update(family.for_own_forwards)
     first_times = () if run is None or own else run.first_times(options)
     blocks: dict[Block, nn.Module] = {}
     others = texts.attending(family, _texts(asked), run, texts.Inputs(executor.original, base, x, t, c_concat, options, kwargs))
-    if others and family.runs_text:
+    if not family.replays or (others and family.runs_text):
         pass  # another text has to run through every block, so nothing is replayed
     elif run is not None and own is not None and own.replay_before is not None:
         blocks = run.prefixes.stand_ins(family, own.replay_before, x, options, own.rows, run.given(own.given))

@@ -70,9 +70,22 @@ class Kernel:
 
 
 class CallTensors:
-    """q, k, v of a call as ``[B, H, tokens, d]`` views, whatever layout the caller uses, and the way back."""
+    """q, k, v of a call as ``[B, H, tokens, d]`` views, whatever layout the caller uses, and the way back.
 
-    def __init__(self, q: Tensor, k: Tensor, v: Tensor, heads: int, settings: dict[str, Any]):
+    Args:
+        in_order: makes keys or values ``[..., tokens, width]`` of those that the caller gives, where methods see them in another order.
+    """
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        heads: int,
+        settings: dict[str, Any],
+        in_order: Callable[[Tensor], Tensor] | None = None,
+    ):
+        self.in_order = in_order
         self.by_head = bool(settings.get("skip_reshape"))
         if not self.by_head and q.shape[0] > k.shape[0] == v.shape[0]:
             # HyperTile cuts q into tiles of its own rows, and leaves it to the kernel to read k and v as so many rows.
@@ -91,11 +104,14 @@ class CallTensors:
 
     @cached_property
     def k(self) -> Tensor:
-        return self._split(self.given[1])
+        return self._ordered(self._split(self.given[1]))
 
     @cached_property
     def v(self) -> Tensor:
-        return self._split(self.given[2])
+        return self._ordered(self._split(self.given[2]))
+
+    def _ordered(self, t: Tensor) -> Tensor:
+        return t if self.in_order is None else self.in_order(t)
 
     @property
     def scale(self) -> float | None:

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from types import MethodType
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -167,20 +168,21 @@ class TextOfBlocks:
         def override(
             function: Callable[..., Tensor], q: Tensor, k: Tensor, v: Tensor, heads: int, *args: Any, **settings: Any
         ) -> Tensor:
-            kind = kinds.pop(0) if kinds else ""
+            kind = kinds.pop(0) if kinds and self.own.is_site(k.shape[-2]) else ""
             if kind != call.kind:
                 return function(q, k, v, heads, *args, **settings)
             self.kind = kind
-            tensors = CallTensors(q, k, v, heads, settings)
+            here: Any = self
+            tensors = CallTensors(q, k, v, heads, settings, partial(self.own.in_order, here))
             if kind == "joint":
                 return self._joint(call, chosen, tensors, found)
             found.append(chosen.kernel(chosen.q, tensors.k, tensors.v, tensors.mask(slice(None), slice(0, 1))))
             return function(q, k, v, heads, *args, **settings)
 
         args, kwargs = self.family.given(*self.calls[call.site.block], self.state)
-        options = {**self.options, "optimized_attention_override": override}
+        args, kwargs = self.own.with_options(args, kwargs, {**self.options, "optimized_attention_override": override})
         with persistent():
-            out = self.family.block(call.site.block)(*args, **self.family.arguments({**kwargs, "transformer_options": options}))
+            out = self.family.block(call.site.block)(*args, **kwargs)
         self.state = out if isinstance(out, tuple) else (out,)
         return found[0]
 
@@ -193,14 +195,14 @@ class TextOfBlocks:
             )
         forward: Any = self
         own = self.own.text_part(self.own.tokens(forward, tensors.q.shape[2], tensors.k.shape[2]))
-        length, text = own.stop - own.start, self.own.text_part(call.tokens)
+        text, looking = self.own.text_part(call.tokens), tensors.q[:, :, own]
 
         def with_own(whole: Tensor, part: Tensor) -> Tensor:
             return torch.cat([whole[:, :, : text.start], part[:, :, own].to(whole.dtype), whole[:, :, text.stop :]], dim=2)
 
-        q = torch.cat([tensors.q[:, :, own].to(chosen.q.dtype), chosen.q], dim=2)
+        q = torch.cat([looking.to(chosen.q.dtype), chosen.q], dim=2)
         out = chosen.kernel(q, with_own(chosen.all_keys, tensors.k), with_own(chosen.all_values, tensors.v), None)
-        found.append(out[:, :, length:])
+        found.append(out[:, :, looking.shape[2] :])
         given = torch.zeros_like(tensors.q)
-        given[:, :, own] = out[:, :, :length]
+        given[:, :, own] = out[:, :, : looking.shape[2]]
         return tensors.join(given)

@@ -25,7 +25,7 @@ CHOSEN = {
     "sd3": "joint.1:0,2",
     "sd35": "joint.0:1 joint.1:0",
     **dict.fromkeys(("flux", "flux2", "chroma"), "double.1:1-2 single.0:3"),
-    **dict.fromkeys(("qwen_image", "lumina2", "z_image", "krea2"), "joint.1:0,2"),
+    **dict.fromkeys(("qwen_image", "qwen_image21", "lumina2", "z_image", "krea2"), "joint.1:0,2"),
     **dict.fromkeys(("wan", "cosmos_predict2", "anima"), "block.1:0,2"),
 }
 

@@ -12,7 +12,7 @@ import torch
 from attune.hunt.engine import Engine
 from attune.hunt.settings import Settings as Hunt
 from attune.language.weights import Weighted
-from attune.methods.softpag import TARGETS
+from attune.methods.softpag import TARGETS, TEXT
 from attune.patches import fusion, gate, headfilter, negative, refine, regulation, scfg, softpag, weights
 from attune.patches.detail.sampler import check as check_detail
 from attune.patches.detail.session import Settings as Detail
@@ -155,6 +155,9 @@ def test_softpag_has_every_target(name):
     for target in TARGETS:
         if not joint and (target == "mean text query" or "-" in target):
             with pytest.raises(ValueError, match="one attention"):
+                softpag.apply(model, 2.0, 0.5, target=target)
+        elif TARGETS[target] == TEXT and name in families.TEXT_APART:
+            with pytest.raises(ValueError, match="computes its text apart"):
                 softpag.apply(model, 2.0, 0.5, target=target)
         else:
             moved = families.sample(softpag.apply(model, 8.0, 1.0, target=target), steps=1)

@@ -27,6 +27,7 @@ from attune.tests import families
         ("flux2", 56, 2688),
         ("flux2_klein", 25, 600),
         ("qwen_image", 60, 1440),
+        ("qwen_image21", 32, 1024),
         ("z_image", 30, 900),
         ("wan", 40, 1600),
         ("lumina2", 26, 624),

@@ -14,11 +14,26 @@ from .flux import Chroma, Flux, Flux2
 from .krea2 import Krea2
 from .lumina import Lumina2, ZImage
 from .qwen_image import QwenImage
+from .qwen_image21 import QwenImage21
 from .sd3 import SD3
 from .unet import UNet
 from .wan import Wan
 
-FAMILIES: tuple[type[Family], ...] = (UNet, SD3, Flux, Flux2, Chroma, QwenImage, ZImage, Lumina2, Krea2, Wan, Cosmos, Anima)
+FAMILIES: tuple[type[Family], ...] = (
+    UNet,
+    SD3,
+    Flux,
+    Flux2,
+    Chroma,
+    QwenImage,
+    QwenImage21,
+    ZImage,
+    Lumina2,
+    Krea2,
+    Wan,
+    Cosmos,
+    Anima,
+)
 
 WHY = {  # of models that people might expect to work, by ComfyUI's class
     "Flux": "Of the models that share FLUX's class, it knows FLUX.1 and FLUX.2, not Ovis or LongCat.",
@@ -46,7 +61,7 @@ def family_of(diffusion_model: nn.Module) -> Family:
     why = f" {WHY[name]}" if name in WHY else ""
     raise ValueError(
         f"Attune does not know the model class {name}.{why} "
-        "It works with SD1.5, SD2, SDXL, SD3 and SD3.5, FLUX.1, FLUX.2, Chroma, Qwen-Image, Z-Image, Lumina 2, Krea 2, Wan from "
+        "It works with SD1.5, SD2, SDXL, SD3 and SD3.5, FLUX.1, FLUX.2, Chroma, Qwen-Image 1 and 2.1, Z-Image, Lumina 2, Krea 2, Wan from "
         "text, Cosmos Predict 2 and Anima; connect one of these."
     )
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -50,6 +50,9 @@ class Family:
         projects_text: whether cross-attention takes its keys and values straight from the text that the model is given.
         runs_text: whether the text is computed on in the blocks, not only looked at.
         of_picture: keywords of the model that are the picture's, whatever the text.
+        text_looks: whether the text's own queries are part of joint attention; else it is computed apart from the image.
+        replays: whether a block may be replaced by what it gave before (see `prefix_cache`).
+        for_own_forwards: options of ComfyUI's for forwards of our own.
     """
 
     name: ClassVar[str]
@@ -60,6 +63,9 @@ class Family:
     projects_text: ClassVar[bool] = False
     runs_text: ClassVar[bool] = False
     of_picture: ClassVar[tuple[str, ...]] = ("guidance",)
+    text_looks: ClassVar[bool] = True
+    replays: ClassVar[bool] = True
+    for_own_forwards: ClassVar[Mapping[str, Any]] = {}
 
     def __init__(self, diffusion_model: Any):
         self.model = diffusion_model
@@ -110,6 +116,14 @@ class Family:
         """What the tokens of the call that is going on are; of the forward, ``x``, ``context``, ``kind`` and ``run`` may be asked."""
         raise NotImplementedError
 
+    def is_site(self, keys: int) -> bool:
+        """Whether a call of attention with so many keys, in a block that is being run, is one of its site's."""
+        return True
+
+    def in_order(self, forward: Forward, keys: Tensor) -> Tensor:
+        """A call's keys or values ``[..., tokens, d]``, as the block gave them, in the order of `tokens`."""
+        return keys
+
     # --- another text than the prompt, see `texts` ---
 
     def text_keys(self, site: Site, context: Tensor) -> tuple[Tensor, Tensor]:
@@ -137,6 +151,12 @@ class Family:
     def arguments(self, kwargs: dict[str, Any]) -> dict[str, Any]:
         """A block's keywords while its calls of attention matter."""
         return kwargs
+
+    def with_options(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any], options: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        """A block's arguments with other options, while its calls of attention matter."""
+        return args, self.arguments({**kwargs, "transformer_options": options})
 
 
 class Replayed(nn.Module):

@@ -20,7 +20,7 @@ EXPECTED = {
     ),
     "sd3": ("joint.0 joint.1 joint.2", ("joint",), 3),
     **dict.fromkeys(("flux", "flux2", "chroma"), ("double.0 double.1 single.0 single.1 single.2", ("joint",), 4)),
-    **dict.fromkeys(("qwen_image", "lumina2", "z_image", "krea2"), ("joint.0 joint.1 joint.2", ("joint",), 4)),
+    **dict.fromkeys(("qwen_image", "qwen_image21", "lumina2", "z_image", "krea2"), ("joint.0 joint.1 joint.2", ("joint",), 4)),
     **dict.fromkeys(("wan", "cosmos_predict2", "anima"), ("block.0 block.1 block.2", ("self", "cross"), 4)),
 }
 
