@@ -40,7 +40,8 @@ BOXES = """(vue) => {
     }
     return {
         scale, offset: [...offset], text: !app.canvas.low_quality,
-        unknown: app.graph.nodes.filter((n) => n.has_errors || !window.LiteGraph.registered_node_types[n.type]).map((n) => n.type),
+        unknown: app.graph.nodes.filter((n) => !window.LiteGraph.registered_node_types[n.type]).map((n) => n.type),
+        faulty: app.graph.nodes.filter((n) => n.has_errors).map((n) => Number(n.id)),
         warnings: document.querySelectorAll(".comfy-missing-nodes").length,
         groups: app.graph._groups.map((g) => [...g._bounding]),
         nodes: app.graph.nodes.map((n) => ({ id: n.id, type: n.type, size: [...n.size], least: [...n.computeSize()], box: box(n) })),
@@ -63,15 +64,22 @@ STAGES = {
     **dict.fromkeys(("AttunePromptList", "AttuneDemoScorer", "MarkdownNote"), INPUTS),
 }
 FIRST = ("MarkdownNote", "AttuneDemoModel", "CheckpointLoaderSimple", "UNETLoader", "CLIPLoader", "VAELoader")
-# What nodes show in addition when a picture forms or is done: room below them, in pixels of the graph.
+# What nodes show in addition when a picture forms or is done, or newer editors need for them: room below them, in pixels of the graph.
 GROWTH = {
     **dict.fromkeys(("AttuneRegulation", "AttuneSemanticCFG", "AttuneAttentionMaps", "AttuneSemanticGate"), 260),
-    **dict.fromkeys(("AttuneWords", "AttuneFix", "AttuneWordWeights"), 60),
+    **dict.fromkeys(("AttuneWords", "AttuneWordWeights"), 60),
+    "AttuneFix": 340,
     "AttuneShowMaps": 310,
     "AttuneDetailSampler": 80,
     "AttuneHeadHunter": 80,
+    "AttuneDecompose": 70,
+    "AttuneHeads": 60,
+    "AttunePromptList": 30,
+    "SaveImage": 100,
+    "PreviewAny": 130,
 }
 TITLE, GAP, SPACE, PADDING, HEAD, TALL = 30, 34, 70, 24, 56, 1240
+NARROW = 240  # width below which no version of Nodes 2.0 draws a node
 WIDE, WIDER, LONG = 360, 560, 600  # widths of the note, and of one with more characters than this
 SCALE, OFFSET = 0.72, [110.0, 165.0]
 
@@ -129,7 +137,7 @@ def arrange(graph: dict[str, Any], least: dict[int, tuple[float, float]]) -> Non
                 round(max(high, note_height(text, wide) + 24 * text.count("|\n|"))),
             ]  # rows of a table are higher
         else:
-            n["size"] = [round(max(n["size"][0], wide)), round(max(n["size"][1] if "Image" in n["type"] else 0, high))]
+            n["size"] = [round(max(n["size"][0], wide, NARROW)), round(max(n["size"][1] if "Image" in n["type"] else 0, high))]
     heights = {i: n["size"][1] + TITLE + GAP + GROWTH.get(n["type"], 0) for i, n in nodes.items()}
     group_of = stages(graph)
     graph["groups"] = []
