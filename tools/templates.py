@@ -68,7 +68,7 @@ FIRST = ("MarkdownNote", "AttuneDemoModel", "CheckpointLoaderSimple", "UNETLoade
 GROWTH = {
     **dict.fromkeys(("AttuneRegulation", "AttuneSemanticCFG", "AttuneAttentionMaps", "AttuneSemanticGate"), 260),
     **dict.fromkeys(("AttuneWords", "AttuneWordWeights"), 60),
-    "AttuneFix": 340,
+    "AttuneFix": 420,
     "AttuneShowMaps": 310,
     "AttuneDetailSampler": 80,
     "AttuneHeadHunter": 80,
