@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from comfy_api.latest import ComfyExtension, io
 
+from .compare import AttuneGrid, AttuneNumbers
 from .decompose import AttuneDecompose
 from .demo import AttuneDemoModel
 from .detail import AttuneDetailSampler, AttuneEncodeBranches
@@ -41,11 +42,13 @@ class Attune(ComfyExtension):
             AttuneDiversity,
             AttuneEncodeBranches,
             AttuneFix,
+            AttuneGrid,
             AttuneHeadFilter,
             AttuneHeadHunter,
             AttuneHeads,
             AttuneLoadHeads,
             AttuneNegative,
+            AttuneNumbers,
             AttunePhraseFusion,
             AttunePreferenceScorer,
             AttunePromptList,

@@ -282,8 +282,8 @@ def _check(sites: tuple[Site, ...], text_looks: bool, tokens: str, target: str, 
         )
     if not text_looks and (tokens == TEXT or TARGETS[target] == TEXT):
         raise ValueError(
-            f"SoftPAG: tokens “{tokens}” with target “{target}” is about what text looks at, and this model computes its text apart from the image; "
-            f"set tokens to {ALL} and target to one that does not begin with “text” or “mean text”."
+            f"SoftPAG: tokens “{tokens}” with target “{target}” is about what text looks at, and this model computes its text apart from the "
+            f"image; set tokens to {ALL} and target to one that does not begin with “text” or “mean text”."
         )
     if rows_of(tokens, target) is None:
         raise ValueError(

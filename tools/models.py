@@ -61,8 +61,8 @@ MODELS: Mapping[str, Model] = {
     "qwen_image": Model("Qwen-Image 1, Edit", about=_REFERENCES),
     "qwen_image21": Model(
         "Qwen-Image 2.1",
-        about="Needs a ComfyUI that has it. Text and reference pictures are computed apart from the image, once, and ComfyUI keeps that: only the "
-        "image's own queries can be changed, no map is of the text's, and the perturbed pass of SoftPAG runs in full.",
+        about="Needs a ComfyUI that has it. Text and reference pictures are computed apart from the image, once, and ComfyUI keeps that: only "
+        "the image's own queries can be changed, no map is of the text's, and the perturbed pass of SoftPAG runs in full.",
     ),
     "z_image": Model(
         "Z-Image",

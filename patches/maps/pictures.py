@@ -49,8 +49,8 @@ def _title(text: str, width: int, height: int = 28) -> Tensor:
     return torch.from_numpy(np.asarray(strip).astype(np.float32) / 255)
 
 
-def _grid(rows: list[list[tuple[str, Tensor]]]) -> Tensor:
-    """Titled tiles ``[B, H, W, 3]`` in rows, for every picture of the batch: ``[B, height, width, 3]``."""
+def grid(rows: list[list[tuple[str, Tensor]]]) -> Tensor:
+    """Titled tiles ``[B, H, W, 3]`` in rows, for every picture of the batch: ``[B, height, width, 3]``; tiles of a row are of one height."""
     lines = []
     for row in rows:
         tiles = []
@@ -105,7 +105,7 @@ def show(record: Record, words: Words, image: Tensor, view: str = "mean") -> tup
                 "single steps were not kept: set steps to “every step” (or every 2nd, …) in Capture Attention Maps."
             )
         rows += [[(f"step {step + 1}", image), *row("", soft(record, step))] for step in record.steps]
-    return _grid(rows), mean.transpose(0, 1).flatten(0, 1)
+    return grid(rows), mean.transpose(0, 1).flatten(0, 1)
 
 
 @dataclass(frozen=True)
