@@ -226,7 +226,7 @@ CHECKS: dict[str, Callable[[Any], str | None]] = {
 
 def shortened(text: str, most: int) -> str:
     """A text that fits into a sentence, and that every terminal and log can show."""
-    whole = text.encode(errors="replace").decode()
+    whole = "".join(c if c.isprintable() or c.isspace() else "?" for c in text)
     return whole if len(whole) <= most else f"{whole[: most - 1]}…"
 
 
