@@ -37,8 +37,8 @@ def main(argv: list[str]) -> int:
     parser.add_argument("--seed", type=int, default=7)
     args = parser.parse_args(argv)
     if args.by == "model":
-        from ....demo.evaluate import generate
         from ....demo.stickers import model
+        from ...benchmarks.shared.pictures import generate
 
         captions = [c.text for c in world.prompts(args.split, args.number, seed=args.seed)]
         drawn = generate(*model.load(), captions, cfg=5.0, seed=args.seed, side=world.SIZE)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ....demo import checkpoint
 from ....demo.stickers import model, world
-from ..stage import DEVICE, Stage, initialise, mixed, plain_attention
+from ..stage import DEVICE, Stage, initialise, mixed, plain_attention, together
 from ..text import Words
 from . import dataset
 from .autoencoder import latents
@@ -24,7 +24,7 @@ DROPPED = 0.1  # share of captions left empty, for guidance
 WARM_UP = 0.3  # share of the training that the auxiliary reading head helps for
 # Up to which share of the training windows of which height and width are learned, in latent pixels. A thing is learned
 # in a window around it, at a seventh of the cost of a picture; two things side by side in a strip; then whole pictures.
-WINDOWS = ((0.5, 16, 16), (0.7, 20, 32), (1.0, 32, 32))
+WINDOWS = ((0.4, 16, 16), (0.6, 20, 32), (1.0, 32, 32))
 INSIDE = 0.75  # a thing is said of a window that holds this much of it
 
 NAMED = (  # what the reading head names at each latent pixel, and how many there are
@@ -107,7 +107,7 @@ def text_encoder() -> nn.Module:
     return tower
 
 
-def train(minutes: float, words: Words, batch: int) -> tuple[nn.Module, dict[str, float]]:
+def train(minutes: float, words: Words, batch: int, rank: int) -> tuple[nn.Module, dict[str, float]]:
     """Noise prediction, min-SNR-5 weights, a tenth of the captions dropped; goes on from checkpoint or stored weights."""
     pool = Pool()
     unet = model.ARCHITECTURE.unet()
@@ -119,12 +119,12 @@ def train(minutes: float, words: Words, batch: int) -> tuple[nn.Module, dict[str
     if WEIGHTS.exists():  # without the optimiser's state, should no checkpoint be there
         unet.load_state_dict({name: weight.float() for name, weight in load_file(WEIGHTS).items()})
     unet = unet.to(DEVICE, memory_format=torch.channels_last)
-    torch.manual_seed(3)
     channels = model.ARCHITECTURE.unet_config["model_channels"]
     reading = Reading(channels * 3, channels * 2)
     stage = Stage("stickers_denoiser", {"denoiser": unet, "reading": reading}, minutes, 1e-3, decay=0.9995, device=DEVICE)
     text, nothing = text_encoder().to(DEVICE), np.array(words.ids(""))
-    rng = np.random.default_rng([3, stage.step])
+    torch.manual_seed(3 + 1000 * rank + stage.step)
+    rng = np.random.default_rng([3, stage.step, rank])
     kept = (1 / (1 + model.noise_levels() ** 2)).to(DEVICE)
 
     def forward(x: Tensor, t: Tensor, context: Tensor, truth: Tensor | None) -> tuple[Tensor, Tensor]:
@@ -171,11 +171,15 @@ def train(minutes: float, words: Words, batch: int) -> tuple[nn.Module, dict[str
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--minutes", type=float, default=480, help="training time in all, over any number of runs")
-    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--minutes", type=float, default=300, help="training time in all, over any number of runs")
+    parser.add_argument("--batch", type=int, default=32, help="pictures of a step and process")
+    parser.add_argument("--processes", type=int, default=1, help="of one thread each: OMP_NUM_THREADS=1")
     args = parser.parse_args(argv)
-    denoiser, spent = train(args.minutes, Words(), args.batch)
-    command = f"run.py train stickers denoiser --minutes {args.minutes:g} --batch {args.batch}"
+    rank = together(args.processes)
+    denoiser, spent = train(args.minutes, Words(), args.batch, rank)
+    if rank:
+        return 0
+    command = f"run.py train stickers denoiser --minutes {args.minutes:g} --batch {args.batch} --processes {args.processes}"
     metadata = {"data_version": world.DATA_VERSION, "command": command, "trained": json.dumps(spent)}
     save_file({k: v.half().contiguous() for k, v in denoiser.state_dict().items()}, WEIGHTS, metadata=metadata)
     print(f"saved {WEIGHTS}: {WEIGHTS.stat().st_size / 1e6:.1f} MB", flush=True)
