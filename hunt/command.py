@@ -114,6 +114,19 @@ def _file(kind: str, name: str) -> str:
     return path
 
 
+def bundled(model: Any) -> str:
+    """The bundled model's variant that a config's ``model`` names, as “demo” or “demo: stickers”; empty for other models."""
+    kind, _, variant = (part.strip() for part in model.partition(":")) if isinstance(model, str) else ("", "", "")
+    return (variant or "shapes") if kind == DEMO else ""
+
+
+def side(model: Any) -> int:
+    """Pixels of a picture's sides where a config does not say."""
+    from ..demo.model import SIDES
+
+    return SIDES[variant] if (variant := bundled(model)) else 1024
+
+
 def load_model(config: Mapping[str, Any]) -> tuple[Any, Any, Any]:
     """MODEL, CLIP and VAE that a config names.
 
@@ -121,10 +134,10 @@ def load_model(config: Mapping[str, Any]) -> tuple[Any, Any, Any]:
         ValueError: when a file is not there.
     """
     model = config["model"]
-    if model == DEMO:
+    if variant := bundled(model):
         from ..demo import model as demo
 
-        loaded = demo.load()
+        loaded = demo.load(variant)
     elif isinstance(model, Mapping):
         unet = comfy.sd.load_diffusion_model(_file("diffusion_models", model["unet"]))
         kind = getattr(comfy.sd.CLIPType, str(model.get("clip_type", "stable_diffusion")).upper())
@@ -167,7 +180,7 @@ def load_scorer(text: str) -> Scorer:
 def load_scorers(given: str | list[str], model: Any) -> list[Scorer]:
     """The scorers that a config names; the bundled model has one of its own."""
     names = [given] if isinstance(given, str) else list(given)
-    return [load_scorer(name or (DEMO if model == DEMO else "")) for name in names]
+    return [load_scorer(name or (DEMO if bundled(model) else "")) for name in names]
 
 
 def plan_of(config: Mapping[str, Any]) -> Plan:
@@ -206,7 +219,7 @@ def engine_of(config: Mapping[str, Any]) -> Engine:
     def encode(text: str) -> Any:
         return [[t, {**options, **more}] for t, options in clip.encode_from_tokens_scheduled(clip.tokenize(text))]
 
-    default = 128 if config["model"] == DEMO else 1024
+    default = side(config["model"])
     sides = (config["height"] or default, config["width"] or default)
     channels = patched.get_model_object("latent_format").latent_channels
     return Engine(

@@ -19,7 +19,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..demo import model as demo_model
-from ..hunt.command import DEMO, load_model
+from ..hunt.command import DEMO, bundled, load_model, side
 from ..hunt.files import file_name
 from ..hunt.head_files import pack_version
 from ..patches.detail import sampler as detail
@@ -55,6 +55,10 @@ KEYS: dict[str, Any] = {
     "ray": None,
     "output": "",
 }
+BOUND = {
+    "shapes": ["demo: bound"],
+    "stickers": ["demo: stickers bound"],
+}  # scorers of the bundled models where a config names none
 SAMPLING = ("negative", "guidance", "width", "height", "steps", "cfg", "sampler_name", "scheduler")
 Task = tuple[int, int, int]  # method, item, seed
 Wanted = tuple[
@@ -93,8 +97,8 @@ def filled(data: Mapping[str, Any]) -> dict[str, Any]:
 
 def files_of(model: Any, loras: Any) -> list[Path]:
     """The files that a config's model is read from."""
-    if model == DEMO:
-        names = [("", str(demo_model.WEIGHTS / f"{demo_model.VARIANTS[0]}.safetensors"))]
+    if variant := bundled(model):
+        names = [("", str(path)) for path in demo_model.files(variant)]
     elif isinstance(model, Mapping):
         clips = [model["clip"]] if isinstance(model["clip"], str) else model["clip"]
         names = [("diffusion_models", model["unet"]), *(("text_encoders", n) for n in clips), ("vae", model["vae"])]
@@ -128,7 +132,7 @@ class Bench:
         self.config = filled(config)
         self.items: list[Item] = items(self.config["suite"])
         self.methods: list[Method] = methods_of(self.config["methods"])
-        names = self.config["scorers"] or (["demo: bound"] if self.config["model"] == DEMO else [])
+        names = self.config["scorers"] or (BOUND.get(bundled(self.config["model"]), []))
         every, self.missing = judges(names)
         self.judges = [j for j in every if isinstance(j, Judge)]
         self.between = [j for j in every if isinstance(j, Between)]
@@ -144,7 +148,7 @@ class Bench:
         if self.loaded.scorer is None:
             self.loaded.scorer = next((j.scorer for j in self.judges if isinstance(j, Metric)), None)
         self.family = model_sites(self.loaded.model)[0]
-        default = 128 if self.config["model"] == DEMO else 1024
+        default = side(self.config["model"])
         self.side = (self.config["height"] or default, self.config["width"] or default)
         self.heads = {m.name: text for m in self.methods if (text := named_heads(m, self.loaded.model))}
         self.model_key = identity or digest(files_of(self.config["model"], self.config["loras"]))

@@ -10,6 +10,8 @@ from torch import Tensor
 
 from ..demo import scorer as demo
 from ..demo.reader import WEIGHTS, judge, load_reader, read
+from ..demo.stickers import reader as stickers
+from ..demo.stickers.world import parse
 from ..scoring.folders import digest
 from ..scoring.metrics import score
 from ..scoring.scorers import ClipScorer, PreferenceScorer, Scorer
@@ -61,12 +63,40 @@ class Metric(Judge):
         return out
 
 
+class StickersReader(Judge):
+    """The reader of the second bundled model's world: things, their details, the place and its style."""
+
+    name, share = "reader", True
+
+    def __init__(self) -> None:
+        self.reader = stickers.load_reader()
+        self.key = digest([stickers.WEIGHTS], "prove reader")
+
+    @torch.inference_mode()
+    def values(self, picture: Tensor, item: Item) -> dict[str, float]:
+        caption, (reading,) = parse(item.text), stickers.read(self.reader, picture)
+        found = stickers.judge(reading, caption)
+        right = {"present": found.present, "colours": found.colour, "accessories": found.accessory, "styles": found.style}
+        out = {part: all(values) for part, values in {**right, ALL: found.bound}.items()}
+        out["leaked"] = stickers.leaked(reading, caption)
+        for i, (there, bound) in enumerate(zip(found.present, found.bound, strict=True), 1):
+            out |= {f"thing {i} present": there, f"thing {i} bound": bound}
+        for part, value in (("place", found.place), ("place's style", found.place_style), ("relation", found.relation)):
+            if value is not None:
+                out[part] = value
+        if found.place_style is not None and len(caption.things) == 1:  # Detail++'s benchmark
+            out["both styles"] = found.place_style and found.bound[0]
+        return {part: float(value) for part, value in out.items()}
+
+
 def _demo(name: str, kind: str) -> Judge:
     if kind == "bound":
         return Reader()
+    if kind == "stickers bound":
+        return StickersReader()
     if kind == "similarity":
         return Metric(name, demo.DemoScorer(), "clip_t")
-    raise ValueError(f"prove: there is no scorer “{name}”; write “demo: bound” or “demo: similarity”.")
+    raise ValueError(f"prove: there is no scorer “{name}”; write “demo: bound”, “demo: stickers bound” or “demo: similarity”.")
 
 
 def _two(kind: Callable[[str, str, str], Any]) -> Callable[[str, str], Any]:

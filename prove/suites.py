@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from ..demo import world
+from ..demo.stickers import world as stickers
 from ..hunt.prompts import lines_of, products
 from ..language import scb
 from ..language.grammar.reading import read
@@ -66,6 +67,21 @@ def _shapes(options: Mapping[str, Any]) -> list[Item]:
             details = tuple(d for d in (t.colour, t.pattern) if d)
             things.append(Thing(t.noun, " ".join([*details, t.noun]), details))
         items.append(Item(caption.text, tuple(things), f"{len(things)} things"))
+    return items
+
+
+def _stickers(options: Mapping[str, Any]) -> list[Item]:
+    """The second bundled model's world; ``having`` colour, accessory or style: every thing has one. ``things`` 1 is a part of SCB's."""
+    having = str(options.get("having", ""))
+    if having not in ("", "colour", "accessory", "style"):
+        raise ValueError(f"prove: having is colour, accessory or style, and not “{having}”.")
+    number, things = int(options.get("prompts", 500)), int(options.get("things", 2))
+    items = []
+    for caption in stickers.prompts(options.get("split", "test"), number, things, having=having):
+        found = [
+            Thing(t.noun, stickers.phrase(t), tuple(d for d in (t.style, t.colour, t.accessory) if d)) for t in caption.things
+        ]
+        items.append(Item(caption.text, tuple(found), having or f"{len(found)} things"))
     return items
 
 
@@ -183,6 +199,7 @@ def _own(options: Mapping[str, Any]) -> list[Item]:
 
 SUITES: Mapping[str, tuple[Callable[[Mapping[str, Any]], list[Item]], str]] = {
     "shapes": (_shapes, "the bundled model's world"),
+    "stickers": (_stickers, "the second bundled model's world"),
     "scb": (_scb, "style composition benchmark of Detail++, by its published rule"),
     "two_objects": (_two_objects, "Attend-and-Excite's grammar; its code and lists are under MIT"),
     "styles": (_styles, "styles × contents, as in HeadHunter; our words"),
@@ -191,7 +208,7 @@ SUITES: Mapping[str, tuple[Callable[[Mapping[str, Any]], list[Item]], str]] = {
     "coco": (_coco, "COCO captions (CC BY 4.0) from your copy"),
     "texts": (_own, "prompts of the config"),
 }
-OPTIONS = ("name", "prompts", "smoke", "split", "things", "draw", "file", "texts", "styles", "contents")
+OPTIONS = ("name", "prompts", "smoke", "split", "things", "having", "draw", "file", "texts", "styles", "contents")
 
 
 def items(options: Mapping[str, Any]) -> list[Item]:

@@ -7,8 +7,8 @@ close to a bag of words; P6 heads differ. No method runs here, and all prompts a
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import comfy.sample
@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from ..demo.worlds import WORLDS, World
 from ..methods.detail import subject_masks
 from ..patches import headfilter
 from ..patches.hook.install import model_sites
@@ -26,81 +27,6 @@ from ..prove.statistics import interval
 from .benchmarks.shared.pictures import generate
 
 CFG, STEPS, SEED = 5.0, 20, 5000
-
-
-@dataclass(frozen=True)
-class World:
-    """What the premises need of a bundled model's world."""
-
-    load: Callable[[], tuple[Any, Any, Any]]
-    world: Any
-    read: Callable[[Tensor], list[Any]]  # pictures to readings
-    regions: Callable[[Tensor], list[Tensor]]  # pictures to each found thing's pixels
-    judge: Callable[[Any, Any], Any]
-    phrase: Callable[[Any], str]
-    place: Callable[[Any], str]
-    details: tuple[str, ...]
-    bag_of_words: str
-
-    def say(self, caption: Any, things: Sequence[Any]) -> Any:
-        """A caption of other things in the same place."""
-        text = " and ".join(self.phrase(t) for t in things) + self.place(caption)
-        return replace(caption, text=text, things=tuple(things), relation=None)
-
-    def bare(self, thing: Any) -> Any:
-        return replace(thing, **dict.fromkeys(self.details))
-
-    def verdicts(self, pictures: Tensor, captions: Sequence[Any]) -> list[Any]:
-        return [self.judge(r, c) for r, c in zip(self.read(pictures), captions, strict=True)]
-
-
-def stickers() -> World:
-    """The world of stickers."""
-    from ..demo.stickers import model, reader, world
-
-    net = reader.load_reader()
-
-    def place(caption: Any) -> str:
-        return f" {world.place_phrase(caption.place, caption.style)}" if caption.place else ""
-
-    return World(
-        load=model.load,
-        world=world,
-        read=lambda pictures: reader.read(net, pictures),
-        regions=lambda pictures: reader.regions(net, pictures),
-        judge=reader.judge,
-        phrase=world.phrase,
-        place=place,
-        details=("colour", "accessory", "style"),
-        bag_of_words=model.metadata("text").get("bag_of_words", ""),
-    )
-
-
-def shapes() -> World:
-    """The world of shapes."""
-    from ..demo import model, reader, world
-
-    net = reader.load_reader()
-
-    def phrase(thing: Any) -> str:
-        words = " ".join(filter(None, (thing.colour, thing.pattern, thing.noun)))
-        return ("an " if words[0] in "aeiou" else "a ") + words
-
-    def place(caption: Any) -> str:
-        words = " ".join(filter(None, caption.background[::-1]))
-        return f" on a {words} wall" if words else ""
-
-    return World(
-        load=model.load,
-        world=world,
-        read=lambda pictures: reader.read(net, pictures),
-        regions=lambda pictures: reader.regions(net, pictures),
-        judge=reader.judge,
-        phrase=phrase,
-        place=place,
-        details=("colour", "pattern"),
-        bag_of_words="",
-    )
 
 
 def share(name: str, answers: Sequence[bool], gate: str) -> None:
@@ -261,13 +187,13 @@ class Premises:
 
 def main(argv: list[str]) -> int:
     parser = argparse.ArgumentParser(prog="run.py premises", description=__doc__)
-    parser.add_argument("world", nargs="?", choices=("shapes", "stickers"), default="stickers")
+    parser.add_argument("world", nargs="?", choices=(*WORLDS,), default="stickers")
     parser.add_argument("--prompts", type=int, default=100)
     parser.add_argument(
         "--only", nargs="+", choices=("P1", "P2", "P3", "P4", "P5", "P6"), default=["P1", "P2", "P3", "P4", "P5", "P6"]
     )
     args = parser.parse_args(argv)
-    of = {"shapes": shapes, "stickers": stickers}[args.world]()
+    of = WORLDS[args.world]()
     premises = Premises(of, args.prompts)
     print(f"{args.world}: {args.prompts} prompts of two things (tune), {STEPS} steps, cfg {CFG:g}, euler, seeds from {SEED}")
     steps = {

@@ -124,6 +124,17 @@ def judge(reading: Reading, caption: world.Caption) -> Verdict:
     return max(verdicts, key=favour)
 
 
+def leaked(reading: Reading, caption: world.Caption) -> bool:
+    """Whether something that the caption says of one thing is seen on another of its things, of which it does not say so."""
+    sure = [t for t in reading.things if t.confidence >= SURE]
+    for word in ("colour", "accessory", "style"):
+        said = {getattr(stated, word) for stated in caption.things} - {None}
+        own = {stated.noun: getattr(stated, word) for stated in caption.things}
+        if any(t.noun in own and getattr(t, word) in said - {own[t.noun]} for t in sure):
+            return True
+    return False
+
+
 # --- the net --------------------------------------------------------------------------------------------------------
 
 

@@ -216,12 +216,14 @@ def describe(scene: Scene, rng: np.random.Generator, full: bool = False) -> Capt
     return Caption(f"{text} {place_phrase(scene.place, style)}", stated, scene.place, style, relation)
 
 
-def prompts(split: str, number: int, count: int = 2, seed: int = 0) -> list[Caption]:
-    """``number`` different evaluation captions of ``count`` things, every detail said."""
+def prompts(split: str, number: int, count: int = 2, seed: int = 0, having: str = "") -> list[Caption]:
+    """``number`` different evaluation captions of ``count`` things, every detail said; each thing ``having`` a detail of this kind."""
     rng = np.random.default_rng([77, SPLITS.index(split), seed, count])
     out: dict[str, Caption] = {}
     for scene in scenes(split, seed + 1_000_003, count):
         caption = describe(scene, rng, full=True)
+        if having and not all(getattr(thing, having) for thing in caption.things):
+            continue
         out.setdefault(caption.text, caption)
         if len(out) == number:
             return list(out.values())

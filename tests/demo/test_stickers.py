@@ -256,3 +256,22 @@ def test_noise_levels_are_halved_but_for_the_largest():
 
 def test_the_denoiser_is_small():
     assert sum(p.numel() for p in model.ARCHITECTURE.unet().parameters()) <= 12e6
+
+
+def test_a_leak_is_a_detail_on_the_wrong_thing():
+    caption = world.parse("a red car and a blue chair in a forest")
+    leaks = lambda *things: reader.leaked(reader.Reading(things, "forest", ""), caption)  # noqa: E731
+    assert leaks(thing("car", "blue"), thing("chair", "blue", x=180))
+    assert not leaks(thing("car", "red"), thing("chair", "blue", x=180))
+    assert not leaks(thing("car", "green"), thing("chair", "blue", x=180))  # wrong, but nobody's
+    assert not leaks(thing("dog", "red"), thing("chair", "blue", x=180))  # not a thing of the caption
+    assert not leaks(thing("car", "blue", confidence=0.4))
+
+
+@pytest.mark.parametrize(("having", "nouns"), [("colour", world.OBJECTS), ("accessory", world.FACES), ("style", world.NOUNS)])
+def test_prompts_in_which_everything_has_a_detail(having, nouns):
+    found = world.prompts("tune", 20, having=having)
+    assert len({c.text for c in found}) == 20
+    for caption in found:
+        assert len(caption.things) == 2 and world.parse(caption.text) == caption
+        assert all(t.noun in nouns and getattr(t, having) for t in caption.things)

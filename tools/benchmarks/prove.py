@@ -102,7 +102,7 @@ def keep(result: Mapping[str, Any]) -> None:
         "steps": result["sampling"]["steps"],
         **{names[part]: sum(values) / len(values) for part, values in shares.items()},
     }
-    path = model.WEIGHTS / f"{model.VARIANTS[0]}.safetensors"
+    (path,) = model.files()
     with safe_open(path, "pt") as file:
         metadata = {**(file.metadata() or {}), "metrics": json.dumps(known)}
     save_file(load_file(path), path, metadata=metadata)
