@@ -159,13 +159,16 @@ def refused() -> str:
     return "".join(f"- `{name}`: {reason}\n" for name, reason in WHY.items())
 
 
-def heads() -> str:
-    """SoftPAG's own choice on the published models."""
+def heads(page: str) -> str:
+    """SoftPAG's own choice on the published models; rows of those that this ComfyUI does not know are the page's."""
     from ..patches.softpag import AUTOMATIC, perturbation_of, scale_of
     from ..server import layouts
 
     rows = []
-    for name, (title, _, _) in layouts.PRESETS.items():
+    for name, (title, _, _) in layouts.ARCHITECTURES.items():
+        if name not in layouts.PRESETS:
+            rows += [line.strip("| ").split(" | ") for line in page.splitlines() if line.startswith(f"| {title} | ")]
+            continue
         found = layouts.preset(name)
         family, count = found["family"], sum(heads for _, heads in found["layers"])
         sites = [item.partition(":")[0] for item in found["default"].split()]
@@ -186,7 +189,7 @@ def written(page: str) -> str:
     _, ended, after = rest.partition(END)
     if not found or not ended:
         raise RunError(f"{PAGE.name} has no lines '{START.strip()}' and '{END.strip()}': put them where the tables belong.")
-    return f"{before}{START}{works()}\n## Where SoftPAG acts by itself\n\n{heads()}\n## Models that are refused\n\n{refused()}{END}{after}"
+    return f"{before}{START}{works()}\n## Where SoftPAG acts by itself\n\n{heads(page)}\n## Models that are refused\n\n{refused()}{END}{after}"
 
 
 def main(argv: list[str]) -> int:

@@ -109,7 +109,7 @@ APPLIED = {
     "HeadHunter": hunted,
     "Head Filter": lambda m: headfilter.apply(m, some_heads(m), "both"),
     "Capture, Show, Segmentation": captured,
-    "Semantic-aware CFG": lambda m: scfg.apply(m, scfg.Settings(scfg.IMAGE, min_ratio=0.0, max_ratio=9.0))[0],
+    "Semantic-aware CFG": lambda m: scfg.apply(m, scfg.Settings(scfg.IMAGE, min_ratio=0.0, max_ratio=9.0, completion=1))[0],
     "Attention Regulation": lambda m: regulation.apply(m, TWO),
     "Phrase Fusion": lambda m: fusion.apply(m, TWO, 1.0),
     "Semantic Gate": lambda m: gate.apply(m, TWO, Blind(), Vae(m), every=1, start_percent=0, end_percent=1, floor=0.0),

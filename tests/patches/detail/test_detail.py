@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
+from importlib.util import find_spec
 from typing import Any
 
 import comfy.model_management
@@ -315,7 +316,8 @@ def test_without_sharing_branches_are_independent_pictures(name, sampler):
     model = families.shared(name)
     positive = branches((7, 7, 7))
     right = torch.cat([alone(model, e, 2, sampler=sampler) for e in positive])
-    none, masks = run(model, positive, 2, sampler=sampler, share_until=0.0, optimize="entropy")
+    fused = name not in ("sd15", "sdxl") and find_spec(detail.FUSED)  # no gradient through newer ComfyUI's transformers
+    none, masks = run(model, positive, 2, sampler=sampler, share_until=0.0, optimize="off" if fused else "entropy")
     close(none, right)
     assert masks.all()
     last = run(model, positive, 2, sampler=sampler, share_until=0.0, finish="whole prompt")[0]
