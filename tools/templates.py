@@ -15,7 +15,11 @@ from .runtime.setup import ROOT, Runtime, comfyui_folder
 
 FOLDER = ROOT / "example_workflows"
 BROWSERS = ("chromium", "chromium-browser", "google-chrome", "chrome")
-READY = "() => window.comfyAPI?.app?.app?.graph && window.LiteGraph?.registered_node_types?.AttuneSoftPAG"
+# Until the editor has opened the workflow that it begins with: one that is opened before is closed again.
+READY = """() => {
+    const app = window.comfyAPI?.app?.app, ours = window.LiteGraph?.registered_node_types?.AttuneSoftPAG
+    return Boolean(ours && app?.canvas?.graph && app.extensionManager?.workflow?.activeWorkflow)
+}"""
 SETTINGS = {"Comfy.TutorialCompleted": True, "Comfy.Locale": "en", "Comfy.Workflow.ShowMissingModelsWarning": False}
 VUE = "Comfy.VueNodes.Enabled"
 SET = """async (all) => { for (const [name, value] of Object.entries(all))

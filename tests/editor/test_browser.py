@@ -12,12 +12,12 @@ import pytest
 from attune.nodes.base import CLASSES
 from attune.patches.hook.sites import Site, select
 from attune.server.layouts import preset
+from attune.tools import templates
 from attune.tools.runtime.setup import ROOT
 
 playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome on this machine")
-READY = "() => window.comfyAPI?.app?.app?.graph && window.LiteGraph?.registered_node_types?.AttuneSoftPAG"
 WEB = f"/extensions/{ROOT.name}"
 PROMPT = "a red striped star and a blue circle on a grey wall"
 VUE = "Comfy.VueNodes.Enabled"
@@ -58,7 +58,7 @@ class Editor:
 
     def open(self):
         self.page.goto(self.server.url, timeout=120_000)
-        self.page.wait_for_function(READY, timeout=120_000)
+        self.page.wait_for_function(templates.READY, timeout=120_000)
         self.page.wait_for_timeout(500)  # the last workflow comes back
         self.page.evaluate(HELPERS)
 

@@ -15,7 +15,6 @@ from attune.tools.runtime.workflow import missing_files, read, specs, to_prompt
 playwright = pytest.importorskip("playwright.sync_api")
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
 pytestmark = pytest.mark.skipif(BROWSER is None, reason="needs Chromium or Chrome on this machine")
-READY = "() => window.comfyAPI?.app?.app?.graph && window.LiteGraph?.registered_node_types?.AttuneSoftPAG"
 OPEN = """async (graph) => {
     const app = window.comfyAPI.app.app
     await app.loadGraphData(graph)
@@ -38,7 +37,7 @@ def page(server) -> Iterator:
         page.errors = []
         page.on("pageerror", lambda error: page.errors.append(str(error)))
         page.goto(server.url)
-        page.wait_for_function(READY, timeout=120_000)
+        page.wait_for_function(templates.READY, timeout=120_000)
         yield page
         browser.close()
 

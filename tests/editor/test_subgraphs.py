@@ -7,13 +7,13 @@ from pathlib import Path
 
 import pytest
 
+from attune.tools import templates
 from attune.tools.runtime.setup import ROOT
 from attune.tools.runtime.workflow import specs
 
 BLUEPRINTS = sorted((ROOT / "subgraphs").glob("*.json"))
 TEXT = "a red striped star and a blue circle on a grey wall"
 BROWSER = next(filter(None, map(shutil.which, ("chromium", "chromium-browser", "google-chrome", "chrome"))), None)
-READY = "() => window.comfyAPI?.app?.app?.graph && window.LiteGraph?.registered_node_types?.AttuneSoftPAG"
 OPEN = """async (graph) => {
     await window.comfyAPI.app.app.loadGraphData(graph)
     return (await window.comfyAPI.app.app.graphToPrompt()).output
@@ -58,7 +58,7 @@ def page(server) -> Iterator:
         browser = driver.chromium.launch(executable_path=BROWSER, args=["--no-sandbox", "--disable-gpu"])
         page = browser.new_page()
         page.goto(server.url)
-        page.wait_for_function(READY, timeout=120_000)
+        page.wait_for_function(templates.READY, timeout=120_000)
         yield page
         browser.close()
 
